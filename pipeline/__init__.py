@@ -1,0 +1,1 @@
+"""winnow: a labelled image set and a large unlabelled pool become a better small classifier."""

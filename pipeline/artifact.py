@@ -1,0 +1,133 @@
+"""Artifacts: directories that are written whole or not at all, and that prove their content when read.
+
+DVC hands back a damaged cache entry as "up to date"; the checksums here are what turns a flipped bit into an error.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+CHECKSUMS = "checksums.json"
+RECORD = "record.json"
+
+provenance: ContextVar[dict[str, Any] | None] = ContextVar("provenance", default=None)
+"""The record of the stage at work: every artifact it writes carries it as `record.json`."""
+
+
+class ArtifactError(UserError):
+    """An artifact is missing, incomplete, or its bytes are not those that were written."""
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """Give a temporary directory beside `out`; on a clean exit checksum it, sync it to disk and rename it to `out`.
+
+    If the block raises, `out` is left as it was and the temporary directory is removed. A previous `out` is replaced.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left_by_a_killed_run in out.parent.glob(f".{out.name}.tmp-*"):
+        shutil.rmtree(left_by_a_killed_run)
+    tmp = out.parent / f".{out.name}.tmp-{os.getpid()}"
+    tmp.mkdir()
+    try:
+        yield tmp
+        record = provenance.get()
+        if record is not None:
+            (tmp / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        files = {name: {"sha256": _sha256(tmp / name), "size": (tmp / name).stat().st_size} for name in _files(tmp)}
+        (tmp / CHECKSUMS).write_text(json.dumps({"files": files}, indent=1, sort_keys=True) + "\n")
+        for name in [*files, CHECKSUMS]:
+            sync(tmp / name)
+        sync(tmp)
+        if out.exists():
+            shutil.rmtree(out)
+        tmp.rename(out)
+        sync(out.parent)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def writing_file(path: Path) -> Iterator[Path]:
+    """The same for one file (a metrics file, a checkpoint): a temporary name, synced and renamed on a clean exit."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield tmp
+        sync(tmp)
+        tmp.rename(path)
+        sync(path.parent)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def verify(path: Path) -> Path:
+    """Check every file of the artifact against its checksums and return `path`.
+
+    Raises ArtifactError naming the file that is missing, added or altered.
+    """
+    expected = _checksums(path)
+    present = set(_files(path)) - {CHECKSUMS}
+    for name in sorted(expected.keys() | present):
+        if name not in present:
+            raise ArtifactError(f"{path / name} is missing. {_remake(path)}")
+        if name not in expected:
+            raise ArtifactError(f"{path / name} does not belong to the artifact {path}. Remove it, or {_remake(path)}")
+        if _sha256(path / name) != expected[name]["sha256"]:
+            raise ArtifactError(f"{path / name} was altered after it was written (checksum mismatch). {_remake(path)}")
+    return path
+
+
+def identity(path: Path) -> str:
+    """The content identity of an artifact (of `verify`'s kind), or of a plain file: a SHA-256 hex digest."""
+    if path.is_file():
+        return _sha256(path)
+    _checksums(path)
+    return _sha256(path / CHECKSUMS)
+
+
+def record(path: Path) -> dict[str, Any]:
+    """The record of the stage that wrote the artifact; empty for a plain file or an artifact written by hand."""
+    file = path / RECORD
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _checksums(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not there. {_remake(path)}")
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((path / CHECKSUMS).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is not a whole artifact: its {CHECKSUMS} cannot be read. {_remake(path)}") from error
+    return files
+
+
+def _remake(path: Path) -> str:
+    return f"Remake it: remove {path} and its entry in the DVC cache, then run `dvc repro`."
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a directory's names, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,300 @@
+"""From a manifest to pixels: the one decode function, square canvases, and the views that models see."""
+
+import functools
+import io
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, Protocol
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from pipeline import manifest, progress
+from pipeline.errors import UserError
+from pipeline.params import Section
+
+MAX_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit, checked on the header
+cv2.setNumThreads(1)  # the callers' worker threads share the cores already
+
+ORIENTATION = 0x0112  # the EXIF tag
+# EXIF orientation -> (transpose first, flip the rows, flip the columns)
+TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
+
+
+class ImageRefused(UserError):
+    """The bytes are not an image that winnow can use; the message is the reason, as it stands in the quarantine."""
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode an image file to (H, W, 3) uint8 RGB, the same pixels for every stage.
+
+    EXIF orientation is applied. Grey is repeated, palettes are looked up, CMYK is converted, 16 bits are scaled to 8 (never clipped),
+    transparent pixels lie on white, of an animation the first frame counts. Colour profiles are not applied.
+
+    Raises ImageRefused for empty, non-image, truncated or damaged data, and for more than `max_pixels` by the header.
+    """
+    if not data:
+        raise ImageRefused("empty file")
+    try:
+        header = Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError:
+        raise ImageRefused("not an image") from None
+    except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, ... on hostile headers
+        raise ImageRefused(f"unreadable header ({type(error).__name__})") from None
+    width, height = header.size
+    if width * height > max_pixels:
+        raise ImageRefused(f"oversized: {width} x {height} pixels by its header")
+    try:
+        # A JPEG with an APP1 segment may be turned; asking Pillow for EXIF of one without costs more than its header.
+        turn = header.getexif().get(ORIENTATION, 1) if header.format != "JPEG" or b"Exif" in data[:65536] else 1
+        pixels = _jpeg(data) if header.format == "JPEG" and header.mode in ("RGB", "L") else _other(header)
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError, Image.DecompressionBombError) as error:
+        raise ImageRefused(f"damaged: {_reason(error)}") from None
+    if turn in TURNS:
+        transpose, rows, columns = TURNS[turn]
+        pixels = pixels.transpose(1, 0, 2) if transpose else pixels
+        pixels = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+    return np.ascontiguousarray(pixels)
+
+
+def size_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) after EXIF orientation, from the header alone. Raises ImageRefused."""
+    if not data:
+        raise ImageRefused("empty file")
+    try:
+        header = Image.open(io.BytesIO(data))
+        turned = header.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    except Image.UnidentifiedImageError:
+        raise ImageRefused("not an image") from None
+    except Exception as error:
+        raise ImageRefused(f"unreadable header ({type(error).__name__})") from None
+    width, height = header.size
+    if width * height > max_pixels:
+        raise ImageRefused(f"oversized: {width} x {height} pixels by its header")
+    return (height, width) if turned else (width, height)
+
+
+def _jpeg(data: bytes) -> np.ndarray:
+    """simplejpeg refuses what libjpeg would only warn of: every other decoder returns garbage for a stream damaged in the middle."""
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+
+
+def _other(image: Image.Image) -> np.ndarray:
+    image.seek(0)
+    image.load()
+    if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would saturate to white
+        values = np.asarray(image).astype(np.float64)
+        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        grey = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.asarray(image.convert("RGB"))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+
+
+def canvas(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize the short side of (H, W, 3) uint8 to `side` and cut the central square: (side, side, 3)."""
+    height, width = image.shape[:2]
+    if (height, width) != (side, side):
+        scale = side / min(height, width)
+        to = (max(side, round(width * scale)), max(side, round(height * scale)))
+        image = cv2.resize(image, to, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+        image = image[top : top + side, left : left + side]
+    return image
+
+
+class Pixels(Protocol):
+    """Decoded images by row number."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, rows: np.ndarray) -> torch.Tensor:
+        """(B, 3, side, side) uint8 of the given rows, in that order."""
+        ...
+
+
+class InMemory:
+    """All images decoded once: (N, side, side, 3) uint8, so that a batch is one gather in memory."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = torch.from_numpy(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def gather(self, rows: np.ndarray) -> torch.Tensor:
+        return self.images[torch.from_numpy(rows)].permute(0, 3, 1, 2)  # N, C, H, W in channels_last memory
+
+
+class OnDisk:
+    """Images decoded when asked for, by threads (the decoders release the GIL)."""
+
+    def __init__(self, images: manifest.Manifest, side: int, workers: int) -> None:
+        self.manifest, self.side = images, side
+        self.threads = ThreadPoolExecutor(workers)
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def gather(self, rows: np.ndarray) -> torch.Tensor:
+        parts = np.array_split(rows, min(self.workers, len(rows)))
+        done = self.threads.map(lambda part: _decode_rows(self.manifest, part, self.side), parts)
+        return torch.from_numpy(np.concatenate(list(done))).permute(0, 3, 1, 2)
+
+
+def load(images: manifest.Manifest, side: int, workers: int, memory_gb: float, label: str) -> Pixels:
+    """The images as square canvases of `side` pixels: in memory if they need at most `memory_gb`, else decoded on demand.
+
+    Raises ManifestError or ImageRefused, naming the image, if one cannot be read any more.
+    """
+    if len(images) * side * side * 3 > memory_gb * 1e9:
+        return OnDisk(images, side, workers)
+    decoded = np.empty((len(images), side, side, 3), np.uint8)
+    chunks = np.array_split(np.arange(len(images)), max(1, len(images) // 256))
+    with ThreadPoolExecutor(workers) as threads, progress.bar(len(images), "images", f"{label}: decoding") as shown:
+        for chunk, part in zip(chunks, threads.map(lambda c: _decode_rows(images, c, side), chunks), strict=True):
+            decoded[chunk] = part
+            shown.update(len(chunk))
+    return InMemory(decoded)
+
+
+def _decode_rows(images: manifest.Manifest, rows: np.ndarray, side: int) -> np.ndarray:
+    batch = np.empty((len(rows), side, side, 3), np.uint8)
+    for i, data in enumerate(manifest.image_bytes(images, rows)):
+        try:
+            batch[i] = canvas(decode(data), side)
+        except ImageRefused as refusal:
+            name = images.table["id"][int(rows[i])].as_py()
+            raise ImageRefused(f"{name}: {refusal}. `prepare` let it pass: set `prepare.check: decode`.") from None
+    return batch
+
+
+def ahead(make: Callable[[int], torch.Tensor], steps: Sequence[int] | range, depth: int = 2) -> Iterator[torch.Tensor]:
+    """`make(step)` for each step in order, prepared `depth` steps ahead by one thread."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(make, step) for step in steps[:depth])
+        for step in steps[depth:]:
+            ready = waiting.popleft().result()
+            waiting.append(thread.submit(make, step))
+            yield ready
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class Input(Section):
+    """What a model takes: a square of `size` pixels, cut from canvases of `canvas` pixels (0: `size`), normalised per channel.
+
+    `mean` and `std` are of RGB scaled to 0..1.
+    """
+
+    size: PositiveInt
+    canvas: NonNegativeInt = 0
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def side(self) -> int:
+        return self.canvas or self.size
+
+
+class View(Section):
+    """How a training view is cut from a canvas, batched on the device.
+
+    `shift`: up to `pad` pixels in each direction, reflected at the border (CIFAR's crop). `crop`: a square of `scale` of the area at a
+    random place, resized (random resized crop without aspect change). `none`: the centre. `flip`: mirror half of the views.
+    `brightness`, `contrast`, `saturation`: each scaled by 1 +- up to this much.
+    """
+
+    kind: Literal["shift", "crop", "none"] = "shift"
+    pad: NonNegativeInt = 4
+    scale: tuple[float, float] = (0.35, 1.0)
+    flip: bool = True
+    brightness: float = Field(0.0, ge=0, lt=1)
+    contrast: float = Field(0.0, ge=0, lt=1)
+    saturation: float = Field(0.0, ge=0, lt=1)
+
+
+def normalise(batch: torch.Tensor, to: Input) -> torch.Tensor:
+    """(B, 3, H, W) of 0..255 to a model's input: resized to its size if need be, centred and scaled per channel, float32."""
+    batch = batch.float()
+    if batch.shape[-1] != to.size:
+        batch = F.interpolate(batch, (to.size, to.size), mode="bilinear", antialias=True, align_corners=False)
+    mean, std = _statistics(to.mean, to.std, batch.device)
+    return torch.addcmul(mean, batch, std)
+
+
+@functools.lru_cache(maxsize=8)
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    m, s = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    return (-m / s).view(1, 3, 1, 1), (1 / (255 * s)).view(1, 3, 1, 1)
+
+
+def centre(batch: torch.Tensor, size: int) -> torch.Tensor:
+    """The central square of `size` pixels."""
+    edge = (batch.shape[-1] - size) // 2
+    return batch[..., edge : edge + size, edge : edge + size]
+
+
+def augment(batch: torch.Tensor, size: int, view: View, random: torch.Generator) -> torch.Tensor:
+    """One training view of each canvas: (B, 3, S, S) uint8 to (B, 3, size, size) of 0..255, one draw of `random` (a CPU generator).
+
+    The view is drawn before any model sees it, so teacher and student get the same pixels.
+    """
+    n, device = len(batch), batch.device
+    flip = torch.rand(n, generator=random) < 0.5 if view.flip else torch.zeros(n, dtype=torch.bool)
+    if view.kind == "crop":
+        area = torch.empty(n).uniform_(*view.scale, generator=random)
+        side = area.sqrt()
+        x, y = (torch.rand(2, n, generator=random) * 2 - 1) * (1 - side)
+        theta = torch.zeros(n, 2, 3)
+        theta[:, 0, 0], theta[:, 1, 1] = torch.where(flip, -side, side), side
+        theta[:, 0, 2], theta[:, 1, 2] = x, y
+        grid = F.affine_grid(theta.to(device), [n, 3, size, size], align_corners=False)
+        out = F.grid_sample(batch.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    else:
+        out = _shifted(batch, size, view.pad if view.kind == "shift" else 0, flip.to(device), random)
+    return _colour(out, view, random)
+
+
+def _shifted(batch: torch.Tensor, size: int, pad: int, flip: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Every shift as one gather of rows and columns, with the reflection and the flip in the index."""
+    n, side = len(batch), batch.shape[-1]
+    edge = (side - size) // 2
+    shift = torch.randint(-pad, pad + 1, (2, n, 1), generator=random) + edge if pad else torch.full((2, n, 1), edge)
+    index = (torch.arange(size) + shift).to(batch.device)  # 2, N, size
+    index = (side - 1 - (side - 1 - index).abs()).abs()  # reflect at 0 and at side - 1
+    rows, columns = index[0], torch.where(flip[:, None], index[1].flip(1), index[1])
+    lines = batch.permute(0, 2, 3, 1)  # N, H, W, C
+    picked = lines[torch.arange(n, device=batch.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2)
+
+
+def _colour(batch: torch.Tensor, view: View, random: torch.Generator) -> torch.Tensor:
+    """Brightness, contrast around the mean grey, saturation around the pixel's grey, each by its own factor per image."""
+    if not (view.brightness or view.contrast or view.saturation):
+        return batch
+    batch = batch.float()
+
+    def factor(strength: float) -> torch.Tensor:
+        return (1 + strength * (2 * torch.rand(len(batch), 1, 1, 1, generator=random) - 1)).to(batch.device)
+
+    batch = batch * factor(view.brightness)
+    luma = torch.tensor([0.299, 0.587, 0.114], device=batch.device).view(1, 3, 1, 1)
+    grey = (batch * luma).sum(1, keepdim=True)
+    batch = torch.lerp(grey, batch, factor(view.saturation))
+    mean = (batch * luma).sum((1, 2, 3), keepdim=True) / batch[0, 0].numel()
+    return torch.lerp(mean, batch, factor(view.contrast)).clamp_(0, 255)

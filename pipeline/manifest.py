@@ -1,0 +1,131 @@
+"""The table of images: one row per image, saying where its bytes lie.
+
+Readers and trainers know manifests only, never data sets by name. Rows are sorted by id, so a row number orders images as ids do.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import artifact
+from pipeline.errors import UserError
+
+FILE = "manifest.parquet"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),  # unique and stable: <file of the source>/<name within it>
+        ("path", pa.dictionary(pa.int32(), pa.string())),  # relative to the working directory of the stages
+        ("offset", pa.int64()),  # of the image's first byte: 0 for a file of its own, else inside an uncompressed tar
+        ("size", pa.int64()),  # bytes
+        ("width", pa.int32()),  # pixels, after EXIF orientation
+        ("height", pa.int32()),
+        ("crc32", pa.uint32()),  # of the encoded bytes: an image replaced in place changes the manifest
+        ("label", pa.int32()),  # index into `classes`; null in the pool
+    ]
+)
+
+
+class ManifestError(UserError):
+    """A manifest, or an image it points to, is not what it says."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`table` has SCHEMA's columns, sorted by id; `classes` names the labels (empty where no image has one)."""
+
+    table: pa.Table
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def labels(self) -> np.ndarray:
+        """(N,) int64. Raises ManifestError if any image has no label."""
+        column = self.table["label"]
+        if column.null_count:
+            raise ManifestError(f"{column.null_count} of {len(self)} images have no label, but labels are needed here.")
+        return column.to_numpy().astype(np.int64)
+
+    def take(self, rows: np.ndarray) -> "Manifest":
+        """The images of the given row numbers, in ascending order of row."""
+        return Manifest(self.table.take(pa.array(np.sort(rows))), self.classes)
+
+
+def read(folder: Path) -> Manifest:
+    """Read and verify a manifest artifact. Raises ArtifactError or ManifestError."""
+    artifact.verify(folder)
+    table = pq.read_table(folder / FILE)
+    classes = tuple(json.loads((table.schema.metadata or {}).get(b"classes", b"[]")))
+    return Manifest(table.cast(SCHEMA), classes)
+
+
+def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
+    """Write `table`, sorted by id, as the manifest of an artifact being written. Raises ManifestError on a repeated id."""
+    table = table.select(SCHEMA.names).cast(SCHEMA)
+    ids = table["id"]
+    if len(ids) > 1 and not pc.all(pc.less(ids[:-1], ids[1:])).as_py():
+        table = table.sort_by("id")
+        same = pc.equal(table["id"][:-1], table["id"][1:])
+        if pc.any(same).as_py():
+            raise ManifestError(f"the image id {table['id'].filter(pc.fill_null(same, False))[0]} occurs twice.")
+    table = table.replace_schema_metadata({"classes": json.dumps(list(classes))})
+    pq.write_table(table, folder / FILE, compression="zstd", row_group_size=1 << 18)
+
+
+def concat(parts: Sequence[Manifest]) -> Manifest:
+    """The union of manifests with distinct images; the classes are those of the first that has any. Sorted by id."""
+    classes = next((p.classes for p in parts if p.classes), ())
+    return Manifest(pa.concat_tables([p.table for p in parts]).unify_dictionaries().sort_by("id"), classes)
+
+
+def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[bytes]:
+    """The encoded bytes of the given rows, in that order.
+
+    Raises ManifestError if a file is gone or its bytes are not those that `prepare` saw.
+    """
+    columns = images.table.select(["id", "path", "offset", "size", "crc32"]).take(pa.array(rows, pa.int64())).to_pydict()
+    opened = Opened()
+    with opened:
+        for image, path, offset, size, crc in zip(*columns.values(), strict=True):
+            data = opened.read(Path(path), offset, size)
+            if len(data) != size or zlib.crc32(data) != crc:
+                raise ManifestError(
+                    f"{path}: the image {image} is not the one that `prepare` indexed ({len(data)} of {size} bytes read). "
+                    "Put the file back, or run `dvc repro prepare` to index what is there now."
+                )
+            yield data
+
+
+class Opened:
+    """Files read by (offset, size); the last one stays open, as neighbours mostly share a tar."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.file: BinaryIO | None = None
+
+    def __enter__(self) -> "Opened":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+        self.path = self.file = None
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        if path != self.path or self.file is None:
+            self.__exit__()
+            try:
+                self.file = path.open("rb")
+            except OSError as error:
+                raise ManifestError(f"{path} cannot be opened ({error.strerror}); a manifest points to it.") from error
+            self.path = path
+        self.file.seek(offset)
+        return self.file.read(size)
