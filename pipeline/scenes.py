@@ -36,6 +36,12 @@ class Part(NamedTuple):
     width: float = 0.0
 
 
+TYPICAL = 0.6
+"""Share of the scenes that lie on the ground usual for their category; the others lie on any."""
+
+OCCLUDED = 0.35
+"""Share of the scenes with something between the camera and the object."""
+
 Parts = list[Part]
 Rng = np.random.Generator
 
@@ -357,49 +363,7 @@ def _nothing(rng: Rng) -> Parts:
     return []
 
 
-class _Kind(NamedTuple):
-    build: Callable[[Rng], Parts]
-    turn: float
-    """Largest rotation to either side, in radians: what stands upright in life does so here."""
-
-
-_CLASS_KINDS = {
-    "boat": _Kind(_boat, 0.3),
-    "butterfly": _Kind(_butterfly, np.pi),
-    "fish": _Kind(_fish, 0.6),
-    "flower": _Kind(_flower, 0.5),
-    "house": _Kind(_house, 0.2),
-    "mug": _Kind(_mug, 0.3),
-    "mushroom": _Kind(_mushroom, 0.4),
-    "starfish": _Kind(_starfish, np.pi),
-    "tree": _Kind(_tree, 0.2),
-    "wheel": _Kind(_wheel, np.pi),
-}
-_OTHER_KINDS = {
-    "bird": _Kind(_bird, 0.4),
-    "bottle": _Kind(_bottle, 0.5),
-    "cactus": _Kind(_cactus, 0.2),
-    "crab": _Kind(_crab, np.pi),
-    "dragonfly": _Kind(_dragonfly, np.pi),
-    "gear": _Kind(_gear, np.pi),
-    "ladder": _Kind(_ladder, 0.8),
-    "nothing": _Kind(_nothing, 0.0),
-    "rocket": _Kind(_rocket, 0.8),
-    "stones": _Kind(_stones, 0.2),
-    "tent": _Kind(_tent, 0.2),
-    "umbrella": _Kind(_umbrella, 0.6),
-    "windmill": _Kind(_windmill, 0.2),
-}
-_KINDS = _CLASS_KINDS | _OTHER_KINDS
-
-CLASSES = tuple(_CLASS_KINDS)
-"""Categories with a label, sorted."""
-
-OTHERS = tuple(_OTHER_KINDS)
-"""Categories without a label: they fill the rest of the pool. Sorted."""
-
-
-# The ground: what the object stands on, in scene units (the picture spans [-1, 1]) ------------------------------------
+# Grounds: what the object stands on, in scene units (the picture spans [-1, 1]) --------------------------------------
 
 
 def _pebbles(rng: Rng) -> Parts:
@@ -427,6 +391,15 @@ def _grass(rng: Rng) -> Parts:
     ]
 
 
+def _water(rng: Rng) -> Parts:
+    length, height = rng.uniform(0.15, 0.4), rng.uniform(0.01, 0.06)
+    ripple = np.array([[-1.0, 0], [-0.5, -1], [0, 0], [0.5, 1], [1, 0]])
+    return [
+        Part(ripple * (length * r, height * q) + np.array([x, y]), int(p), 0.03)
+        for x, y, r, q, _, p in _scatter(rng, 40, (0.5, 1.4), (0.3, 1.5))
+    ]
+
+
 def _masonry(rng: Rng) -> Parts:
     rows, jitter = int(rng.integers(4, 9)), rng.uniform(0.02, 0.08)
     step, parts = 2.2 / rows, []
@@ -439,11 +412,71 @@ def _masonry(rng: Rng) -> Parts:
     return parts
 
 
-def _bare(rng: Rng) -> Parts:
-    return []
+def _planks(rng: Rng) -> Parts:
+    edges = np.cumsum(rng.uniform(0.2, 0.45, 9)) - rng.uniform(1.1, 1.4)
+    tilt = rng.uniform(-0.4, 0.4)
+    return [
+        Part(_moved(_box(-1.6, top + 0.02, 1.6, bottom), tilt), int(rng.integers(4)))
+        for top, bottom in itertools.pairwise(edges)
+    ]
 
 
-_GROUNDS = (_pebbles, _leaf_litter, _grass, _masonry, _bare)
+_GROUNDS = (_pebbles, _leaf_litter, _grass, _water, _masonry, _planks)
+
+# Which kinds there are ------------------------------------------------------------------------------------------------
+
+ANY = 0.5
+"""As the spread of a hue: every colour."""
+
+
+class _Kind(NamedTuple):
+    """A category: what its objects are made of, and where and how they are usually seen."""
+
+    build: Callable[[Rng], Parts]
+    turn: float
+    """Largest rotation to either side, in radians: what stands upright in life does so here."""
+    hue: float
+    hue_spread: float
+    ground: Callable[[Rng], Parts]
+
+
+_CLASS_KINDS = {
+    "boat": _Kind(_boat, 0.3, 0.6, ANY, _water),
+    "butterfly": _Kind(_butterfly, np.pi, 0.1, 0.25, _leaf_litter),
+    "fish": _Kind(_fish, 0.6, 0.55, 0.2, _water),
+    "flower": _Kind(_flower, 0.5, 0.9, 0.2, _grass),
+    "house": _Kind(_house, 0.2, 0.05, 0.1, _grass),
+    "mug": _Kind(_mug, 0.3, 0.6, ANY, _planks),
+    "mushroom": _Kind(_mushroom, 0.4, 0.03, 0.1, _leaf_litter),
+    "starfish": _Kind(_starfish, np.pi, 0.06, 0.1, _pebbles),
+    "tree": _Kind(_tree, 0.2, 0.3, 0.12, _grass),
+    "wheel": _Kind(_wheel, np.pi, 0.1, 0.1, _masonry),
+}
+_OTHER_KINDS = {
+    "bird": _Kind(_bird, 0.4, 0.6, ANY, _grass),
+    "bottle": _Kind(_bottle, 0.5, 0.35, 0.2, _planks),
+    "cactus": _Kind(_cactus, 0.2, 0.33, 0.1, _pebbles),
+    "crab": _Kind(_crab, np.pi, 0.03, 0.1, _pebbles),
+    "dragonfly": _Kind(_dragonfly, np.pi, 0.5, 0.25, _water),
+    "gear": _Kind(_gear, np.pi, 0.1, 0.1, _masonry),
+    "ladder": _Kind(_ladder, 0.8, 0.08, 0.1, _masonry),
+    "nothing": _Kind(_nothing, 0.0, 0.0, ANY, _leaf_litter),
+    "rocket": _Kind(_rocket, 0.8, 0.6, ANY, _planks),
+    "stones": _Kind(_stones, 0.2, 0.1, 0.1, _water),
+    "tent": _Kind(_tent, 0.2, 0.1, 0.3, _grass),
+    "umbrella": _Kind(_umbrella, 0.6, 0.9, 0.3, _planks),
+    "windmill": _Kind(_windmill, 0.2, 0.08, 0.15, _grass),
+}
+_KINDS = _CLASS_KINDS | _OTHER_KINDS
+
+CLASSES = tuple(_CLASS_KINDS)
+"""Categories with a label, sorted."""
+
+OTHERS = tuple(_OTHER_KINDS)
+"""Categories without a label: they fill the rest of the pool. Sorted."""
+
+
+# Around the object ----------------------------------------------------------------------------------------------------
 
 
 def _scatter(rng: Rng, count: int, lengths: tuple[float, float], breadths: tuple[float, float]) -> np.ndarray:
@@ -457,7 +490,7 @@ def _scatter(rng: Rng, count: int, lengths: tuple[float, float], breadths: tuple
 def _litter(rng: Rng) -> Parts:
     """A few things larger than the ground's grain and smaller than the object: sticks, lumps and slabs."""
     parts = []
-    for x, y, length, breadth, angle, paint in _scatter(rng, int(rng.integers(0, 9)), (0.15, 0.5), (0.05, 0.3)):
+    for x, y, length, breadth, angle, paint in _scatter(rng, int(rng.integers(0, 6)), (0.15, 0.45), (0.05, 0.25)):
         outline = (
             _lump(rng, x, y, 0.5 * length),
             _disc(x, y, length, breadth, angle),
@@ -500,13 +533,13 @@ def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
     return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, min(saturation, 1), min(value, 1)))
 
 
-def _palette(rng: Rng, contrast: float) -> np.ndarray:
+def _palette(rng: Rng, hue: float, saturation: float, contrast: float) -> np.ndarray:
     """Colours (5, 4) RGBA, 0..255, indexed by paint; `contrast` in [0, 1] spreads the first four apart."""
-    hue, saturation, value = rng.random(), rng.uniform(0.1, 0.9), rng.uniform(0.35, 0.8)
-    other = hue + contrast * rng.uniform(-0.5, 0.5)
+    value = rng.uniform(0.4, 0.8)
+    other = hue + contrast * rng.uniform(-0.4, 0.4)
     colours = (
         _colour(hue, saturation, value),
-        _colour(other, rng.uniform(0.1, 0.9), value + contrast * rng.uniform(-0.35, 0.35)),
+        _colour(other, saturation * rng.uniform(0.3, 1.3), value + contrast * rng.uniform(-0.35, 0.35)),
         _colour(hue, saturation, value * (1 - 0.6 * contrast)),
         _colour(other, saturation * (1 - 0.6 * contrast), value + (1 - value) * 0.8 * contrast),
     )
@@ -564,15 +597,15 @@ def _blend(scene: np.ndarray, layer: np.ndarray, grain: np.ndarray, light: np.nd
 
 
 def _expose(scene: np.ndarray, rng: Rng) -> np.ndarray:
-    """What the camera adds: uneven light, a colour cast, blur, sensor noise, 8 bits."""
+    """What the camera adds: uneven light, exposure, a colour cast, blur, sensor noise, 8 bits."""
     size = scene.shape[0]
-    lighting = cv2.resize(
-        rng.uniform(0.55, 1.25, (3, 3)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC
-    )
-    cast = (rng.uniform(0.8, 1.2, 3) * rng.uniform(0.75, 1.2)).astype(np.float32)
+    lamps = rng.uniform(0.6, 1.4, (3, 3)).astype(np.float32)
+    lighting = cv2.resize(lamps, (size, size), interpolation=cv2.INTER_CUBIC)
+    exposure = rng.uniform(85, 135) / max(float(scene[::4, ::4].mean()), 20.0)
+    cast = (rng.uniform(0.85, 1.15, 3) * exposure).astype(np.float32)
     scene = scene * (lighting[..., None] * cast)
-    scene = cv2.GaussianBlur(scene, (0, 0), size / 96 * rng.uniform(0.3, 0.8))
-    noise = rng.standard_normal((size, size), dtype=np.float32) * np.float32(rng.uniform(2, 8))
+    scene = cv2.GaussianBlur(scene, (0, 0), size / 96 * rng.uniform(0.3, 0.7))
+    noise = rng.standard_normal((size, size), dtype=np.float32) * np.float32(rng.uniform(3, 10))
     return cv2.convertScaleAbs(np.maximum(scene + noise[..., None], 0))
 
 
@@ -600,29 +633,31 @@ def draw(category: str, rng: np.random.Generator, size: int) -> np.ndarray:
     unit = size / 96
     whole = np.array([[size / 2, 0], [0, size / 2], [size / 2, size / 2]])
 
-    soil = _palette(rng, contrast=rng.uniform(0.2, 0.9))
-    wash = _noise(rng, size, int(rng.integers(2, 7)), rng.uniform(0.55, 0.85))[..., None]
+    soil = _palette(rng, rng.random(), rng.uniform(0.05, 0.55), contrast=rng.uniform(0.4, 0.9))
+    wash = _noise(rng, size, int(rng.integers(2, 7)), rng.uniform(0.6, 0.9))[..., None]
     scene = (soil[MAIN, :3] * wash + soil[SECOND, :3] * (1 - wash)).astype(np.float32)
-    grain = 0.55 + 0.75 * _noise(rng, size, int(rng.integers(6, 16)), 0.8)
+    grain = 0.45 + 0.95 * _noise(rng, size, int(rng.integers(6, 16)), 0.9)
 
-    ground = _GROUNDS[rng.integers(len(_GROUNDS))](rng)
-    scene = _blend(scene, _paint(ground, whole, soil, size), grain, light, 1.5 * unit)
-    scene = _blend(scene, _paint(_litter(rng), whole, _palette(rng, 0.8), size), grain, light, 2.5 * unit)
+    ground = kind.ground if rng.random() < TYPICAL else _GROUNDS[rng.integers(len(_GROUNDS))]
+    scene = _blend(scene, _paint(ground(rng), whole, soil, size), grain, light, 1.5 * unit)
+    odds = _palette(rng, rng.random(), rng.uniform(0.05, 0.7), 0.8)
+    scene = _blend(scene, _paint(_litter(rng), whole, odds, size), grain, light, 2.5 * unit)
 
-    parts = kind.build(rng)
-    if parts:
-        layer = _paint(parts, _pose(rng, kind.turn, size), _palette(rng, rng.uniform(0.35, 1)), size)
-        surface = 0.6 + 0.75 * _noise(rng, size, int(rng.integers(4, 20)), rng.uniform(0.5, 0.9))
+    if parts := kind.build(rng):
+        hue = kind.hue + rng.uniform(-kind.hue_spread, kind.hue_spread)
+        colours = _palette(rng, hue, rng.uniform(0.2, 0.95), rng.uniform(0.5, 1))
+        surface = 0.5 + 0.9 * _noise(rng, size, int(rng.integers(4, 20)), rng.uniform(0.6, 0.95))
+        layer = _paint(parts, _pose(rng, kind.turn, size), colours, size)
         scene = _blend(scene, layer, surface, light, rng.uniform(2, 5) * unit)
-    if rng.random() < 0.5:
-        scene = _blend(scene, _paint(_occluder(rng), whole, _palette(rng, 0.6), size), grain, light, 4 * unit)
+    if rng.random() < OCCLUDED:
+        scene = _blend(scene, _paint(_occluder(rng), whole, odds, size), grain, light, 4 * unit)
     return _expose(scene, rng)
 
 
 def _pose(rng: Rng, turn: float, size: int) -> np.ndarray:
     """A random placement for `_paint`: mirrored or not, turned, foreshortened, somewhere in the picture."""
     angle, shear = rng.uniform(-turn, turn), rng.uniform(-0.25, 0.25)
-    extent = size * rng.uniform(0.22, 0.44)
+    extent = size * rng.uniform(0.28, 0.46)
     stretch = np.exp(rng.uniform(-0.2, 0.2))
     c, s = np.cos(angle), np.sin(angle)
     mirrored = rng.choice([-1.0, 1.0])
