@@ -88,11 +88,22 @@ def verify(path: Path) -> Path:
 
 
 def identity(path: Path) -> str:
-    """The content identity of an artifact (of `verify`'s kind), or of a plain file: a SHA-256 hex digest."""
+    """The identity of an input, as a SHA-256 hex digest: of an artifact or a file, its content.
+
+    A plain folder (a user's data, or a folder of artifacts) is known by the names and sizes of its files and by the content of
+    the artifacts in it: whoever reads it more closely, as `prepare` does, has to check what it reads.
+    """
     if path.is_file():
         return _sha256(path)
-    _checksums(path)
-    return _sha256(path / CHECKSUMS)
+    if (path / CHECKSUMS).is_file():
+        return _sha256(path / CHECKSUMS)
+    if not path.is_dir():
+        _checksums(path)
+    digest = hashlib.sha256()
+    for name in _files(path):
+        known = _sha256(path / name) if Path(name).name == CHECKSUMS else (path / name).stat().st_size
+        digest.update(f"{name}\0{known}\n".encode())
+    return digest.hexdigest()
 
 
 def record(path: Path) -> dict[str, Any]:

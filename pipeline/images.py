@@ -1,11 +1,12 @@
 """From a manifest to pixels: the one decode function, square canvases, and the views that models see."""
 
+import contextlib
 import functools
 import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.params import Section
 
 MAX_PIXELS = 100_000_000
+FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # no EPS: Pillow would run Ghostscript on it
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit, checked on the header
 cv2.setNumThreads(1)  # the callers' worker threads share the cores already
 
@@ -35,66 +37,116 @@ class ImageRefused(UserError):
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file to (H, W, 3) uint8 RGB, the same pixels for every stage.
 
-    EXIF orientation is applied. Grey is repeated, palettes are looked up, CMYK is converted, 16 bits are scaled to 8 (never clipped),
-    transparent pixels lie on white, of an animation the first frame counts. Colour profiles are not applied.
+    JPEG (CMYK and multi-picture files too), PNG, GIF, WebP, BMP, TIFF, PPM, AVIF and JPEG 2000. EXIF orientation is
+    applied. Grey is repeated, palettes are looked up, CMYK is converted, of 16 bits the upper 8 are kept (never
+    clipped), transparent pixels lie on white, of an animation the first frame counts. Colour profiles are not applied.
 
-    Raises ImageRefused for empty, non-image, truncated or damaged data, and for more than `max_pixels` by the header.
+    Raises ImageRefused for empty, non-image, truncated or damaged data (as far as the format can tell: JPEG and PNG
+    can), for pixels without a defined range (float, 32 bits), and for more than `max_pixels` by the header.
     """
-    if not data:
-        raise ImageRefused("empty file")
+    header = _header(data, max_pixels)
     try:
-        header = Image.open(io.BytesIO(data))
-    except Image.UnidentifiedImageError:
-        raise ImageRefused("not an image") from None
-    except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, ... on hostile headers
-        raise ImageRefused(f"unreadable header ({type(error).__name__})") from None
-    width, height = header.size
-    if width * height > max_pixels:
-        raise ImageRefused(f"oversized: {width} x {height} pixels by its header")
-    try:
-        # A JPEG with an APP1 segment may be turned; asking Pillow for EXIF of one without costs more than its header.
-        turn = header.getexif().get(ORIENTATION, 1) if header.format != "JPEG" or b"Exif" in data[:65536] else 1
-        pixels = _jpeg(data) if header.format == "JPEG" and header.mode in ("RGB", "L") else _other(header)
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError, Image.DecompressionBombError) as error:
+        pixels = _jpeg(data, header.mode) if header.image is None else _other(header.image, data)
+    except (MemoryError, ImageRefused):  # memory is this machine's trouble: no image may end in the quarantine for it
+        raise
+    except Exception as error:  # Pillow's plugins raise struct.error, SyntaxError, KeyError, ... on damaged data
         raise ImageRefused(f"damaged: {_reason(error)}") from None
-    if turn in TURNS:
-        transpose, rows, columns = TURNS[turn]
+    if header.turn in TURNS:
+        transpose, rows, columns = TURNS[header.turn]
         pixels = pixels.transpose(1, 0, 2) if transpose else pixels
         pixels = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
     return np.ascontiguousarray(pixels)
 
 
 def size_of(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) after EXIF orientation, from the header alone. Raises ImageRefused."""
+    """(width, height) of what `decode` gives, from the header alone. Raises ImageRefused."""
+    header = _header(data, max_pixels)
+    return (header.height, header.width) if header.turn in (5, 6, 7, 8) else (header.width, header.height)
+
+
+class _Header(NamedTuple):
+    width: int  # as stored, before `turn`
+    height: int
+    mode: str
+    turn: int  # the EXIF orientation that is still to be applied
+    image: Image.Image | None  # opened by Pillow; None for a JPEG
+
+
+def _header(data: bytes, max_pixels: int) -> _Header:
     if not data:
         raise ImageRefused("empty file")
     try:
-        header = Image.open(io.BytesIO(data))
-        turned = header.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        header = _jpeg_header(data) if data.startswith(b"\xff\xd8\xff") else _other_header(data)
     except Image.UnidentifiedImageError:
         raise ImageRefused("not an image") from None
+    except MemoryError:
+        raise
     except Exception as error:
-        raise ImageRefused(f"unreadable header ({type(error).__name__})") from None
-    width, height = header.size
-    if width * height > max_pixels:
-        raise ImageRefused(f"oversized: {width} x {height} pixels by its header")
-    return (height, width) if turned else (width, height)
+        raise ImageRefused(f"unreadable header: {_reason(error)}") from None
+    if header.width * header.height > max_pixels:
+        raise ImageRefused(f"oversized: {header.width} x {header.height} pixels by its header")
+    return header
 
 
-def _jpeg(data: bytes) -> np.ndarray:
-    """simplejpeg refuses what libjpeg would only warn of: every other decoder returns garbage for a stream damaged in the middle."""
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+def _jpeg_header(data: bytes) -> _Header:
+    height, width, mode, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    return _Header(width, height, mode, _exif_orientation(data), None)
 
 
-def _other(image: Image.Image) -> np.ndarray:
+def _exif_orientation(jpeg: bytes) -> int:
+    """Walk the segments in front of the pixels; asking Pillow would take longer than decoding a small image."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and at + 4 <= len(jpeg):
+        marker = jpeg[at + 1]
+        if marker == 0xFF:  # padding
+            at += 1
+            continue
+        if marker == 0xDA:  # start of scan
+            break
+        length = int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if marker == 0xE1 and jpeg[at + 4 : at + 10] == b"Exif\0\0":
+            exif = Image.Exif()
+            try:
+                exif.load(jpeg[at + 4 : at + 2 + length])
+                return exif.get(ORIENTATION, 1)
+            except Exception:  # damaged metadata: the pixels are whole, and stand as they are stored
+                return 1
+        at += 2 + length
+    return 1
+
+
+def _other_header(data: bytes) -> _Header:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    turn = 1
+    if image.format != "TIFF":  # which Pillow turns itself
+        with contextlib.suppress(Exception):
+            turn = image.getexif().get(ORIENTATION, 1)
+    return _Header(*image.size, image.mode, turn, image)
+
+
+def _jpeg(data: bytes, mode: str) -> np.ndarray:
+    """simplejpeg refuses what others, with garbage for pixels, only warn of: a stream that is damaged in the middle."""
+    if mode not in ("CMYK", "YCCK"):
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    inks = 255 - simplejpeg.decode_jpeg(data, colorspace="CMYK", strict=True)  # stored inverted, by Adobe's custom
+    return np.asarray(Image.fromarray(inks, "CMYK").convert("RGB"))
+
+
+def _other(image: Image.Image, data: bytes) -> np.ndarray:
+    if image.format == "PNG":  # Pillow checks the checksums of the pixel data only when asked to
+        Image.open(io.BytesIO(data), formats=("PNG",)).verify()
     image.seek(0)
     image.load()
-    if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would saturate to white
-        values = np.asarray(image).astype(np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        grey = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
+    if image.mode.startswith("I;16") or (image.format in ("PNG", "PPM") and image.mode == "I"):
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if "A" in image.getbands() or "transparency" in image.info:
+    if image.mode in ("I", "F"):
+        kind = "32-bit" if image.mode == "I" else "float"
+        raise ImageRefused(f"unsupported: {kind} pixels, whose range nothing defines")
+    if {"A", "a"} & set(image.getbands()) or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return np.asarray(image.convert("RGB"))
@@ -214,18 +266,18 @@ class Input(Section):
 class View(Section):
     """How a training view is cut from a canvas, batched on the device.
 
-    `shift`: up to `pad` pixels in each direction, reflected at the border (CIFAR's crop). `crop`: a square of `scale` of the area at a
-    random place, resized (random resized crop without aspect change). `none`: the centre. `flip`: mirror half of the views.
-    `brightness`, `contrast`, `saturation`: each scaled by 1 +- up to this much.
+    `shift`: up to `pad` pixels in each direction, reflected at the border (CIFAR's crop). `crop`: a square of `scale` of the
+    area at a random place, resized (random resized crop without aspect change). `none`: the centre. `flip`: mirror half of the
+    views. `brightness`, `contrast`, `saturation`: each scaled by 1 +- up to this much.
     """
 
     kind: Literal["shift", "crop", "none"] = "shift"
     pad: NonNegativeInt = 4
     scale: tuple[float, float] = (0.35, 1.0)
     flip: bool = True
-    brightness: float = Field(0.0, ge=0, lt=1)
-    contrast: float = Field(0.0, ge=0, lt=1)
-    saturation: float = Field(0.0, ge=0, lt=1)
+    brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    saturation: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 def normalise(batch: torch.Tensor, to: Input) -> torch.Tensor:
@@ -250,7 +302,8 @@ def centre(batch: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def augment(batch: torch.Tensor, size: int, view: View, random: torch.Generator) -> torch.Tensor:
-    """One training view of each canvas: (B, 3, S, S) uint8 to (B, 3, size, size) of 0..255, one draw of `random` (a CPU generator).
+    """One training view of each canvas: (B, 3, S, S) uint8 to (B, 3, size, size) of 0..255, one draw of `random` (a CPU
+    generator).
 
     The view is drawn before any model sees it, so teacher and student get the same pixels.
     """

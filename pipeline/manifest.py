@@ -1,6 +1,7 @@
 """The table of images: one row per image, saying where its bytes lie.
 
-Readers and trainers know manifests only, never data sets by name. Rows are sorted by id, so a row number orders images as ids do.
+Readers and trainers know manifests only, never data sets by name. Rows are sorted by id, so a row number orders images
+as ids do.
 """
 
 import json
@@ -68,7 +69,10 @@ def read(folder: Path) -> Manifest:
 
 
 def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
-    """Write `table`, sorted by id, as the manifest of an artifact being written. Raises ManifestError on a repeated id."""
+    """Write `table`, sorted by id, as the manifest of an artifact being written. Raises ManifestError on a repeated id.
+
+    The file's bytes depend on the rows alone, not on their order or on how they were gathered in memory.
+    """
     table = table.select(SCHEMA.names).cast(SCHEMA)
     ids = table["id"]
     if len(ids) > 1 and not pc.all(pc.less(ids[:-1], ids[1:])).as_py():
@@ -76,8 +80,18 @@ def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
         same = pc.equal(table["id"][:-1], table["id"][1:])
         if pc.any(same).as_py():
             raise ManifestError(f"the image id {table['id'].filter(pc.fill_null(same, False))[0]} occurs twice.")
-    table = table.replace_schema_metadata({"classes": json.dumps(list(classes))})
+    table = table.set_column(SCHEMA.get_field_index("path"), SCHEMA.field("path"), _in_order_of_use(table["path"]))
+    table = table.combine_chunks().replace_schema_metadata({"classes": json.dumps(list(classes))})
     pq.write_table(table, folder / FILE, compression="zstd", row_group_size=1 << 18)
+
+
+def _in_order_of_use(column: pa.ChunkedArray) -> pa.Array:
+    """The same dictionary column, its dictionary made of the values in use in the order of their first row."""
+    if not len(column):
+        return pa.array([], column.type)
+    column = column.unify_dictionaries()
+    indices = pa.chunked_array([chunk.indices for chunk in column.chunks]).combine_chunks().dictionary_encode()
+    return pa.DictionaryArray.from_arrays(indices.indices, column.chunk(0).dictionary.take(indices.dictionary))
 
 
 def concat(parts: Sequence[Manifest]) -> Manifest:
@@ -91,15 +105,14 @@ def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[
 
     Raises ManifestError if a file is gone or its bytes are not those that `prepare` saw.
     """
-    columns = images.table.select(["id", "path", "offset", "size", "crc32"]).take(pa.array(rows, pa.int64())).to_pydict()
-    opened = Opened()
-    with opened:
-        for image, path, offset, size, crc in zip(*columns.values(), strict=True):
-            data = opened.read(Path(path), offset, size)
+    table = images.table.select(["id", "path", "offset", "size", "crc32"]).take(pa.array(rows, pa.int64()))
+    with Opened() as opened:
+        for image, path, offset, size, crc in zip(*table.to_pydict().values(), strict=True):
+            data = opened.read(path, offset, size)
             if len(data) != size or zlib.crc32(data) != crc:
                 raise ManifestError(
-                    f"{path}: the image {image} is not the one that `prepare` indexed ({len(data)} of {size} bytes read). "
-                    "Put the file back, or run `dvc repro prepare` to index what is there now."
+                    f"{path}: the image {image} is not the one that `prepare` indexed ({len(data)} of {size} bytes "
+                    "read). Put the file back, or run `dvc repro prepare` to index what is there now."
                 )
             yield data
 
@@ -108,7 +121,7 @@ class Opened:
     """Files read by (offset, size); the last one stays open, as neighbours mostly share a tar."""
 
     def __init__(self) -> None:
-        self.path: Path | None = None
+        self.path: str | None = None
         self.file: BinaryIO | None = None
 
     def __enter__(self) -> "Opened":
@@ -119,13 +132,14 @@ class Opened:
             self.file.close()
         self.path = self.file = None
 
-    def read(self, path: Path, offset: int, size: int) -> bytes:
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Fewer than `size` bytes where the file ends; raises ManifestError if it cannot be opened."""
         if path != self.path or self.file is None:
             self.__exit__()
             try:
-                self.file = path.open("rb")
+                self.file = Path(path).open("rb")  # noqa: SIM115
             except OSError as error:
-                raise ManifestError(f"{path} cannot be opened ({error.strerror}); a manifest points to it.") from error
+                raise ManifestError(f"{path} cannot be opened ({error.strerror}). Images are read from it.") from error
             self.path = path
         self.file.seek(offset)
         return self.file.read(size)

@@ -23,10 +23,10 @@ class Section(BaseModel):
 class Machine(Section):
     """How to run, never what to compute: no stage is stale because this section changed.
 
-    `device`: cpu, cuda, cuda:1, or auto (cuda where there is one). `precision`: the autocast type of training and inference; auto
-    is bfloat16 on a GPU and on CPUs that multiply it in hardware, else float32. `threads` and `workers` 0: one per usable core.
-    `memory_gb`: decoded images up to this size stay in memory; larger sets are decoded batch by batch. `checkpoint_minutes`: how
-    much work a killed training run may lose.
+    `device`: cpu, cuda, cuda:1, or auto (cuda where there is one). `precision`: the autocast type of training and inference;
+    auto is bfloat16 on a GPU and on CPUs that multiply it in hardware, else float32. `threads` and `workers` 0: one per usable
+    core. `memory_gb`: decoded images up to this size stay in memory; larger sets are decoded batch by batch.
+    `checkpoint_minutes`: how much work a killed training run may lose.
     """
 
     device: str = "auto"

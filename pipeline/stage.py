@@ -2,8 +2,8 @@
 
     python -m pipeline.stages.<stage> [<entry>] --<input> PATH ... --out PATH
 
-A stage module is a pure function of typed params and paths; this module reads params.yaml, gives the seed, the machine, a scratch
-folder and a journal to a `run` that asks for them, stamps the artifacts with their origin, and writes the metrics file.
+A stage module is a pure function of typed params and paths; this module reads params.yaml, gives the seed, the machine, a
+scratch folder and a journal to a `run` that asks for them, stamps the artifacts with their origin, and writes the metrics file.
 """
 
 import argparse
@@ -46,7 +46,10 @@ def main(run: Callable[..., Metrics]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _stop(f"the disk is full ({error.filename or 'while writing'}). Free space and repeat the command: it goes on where it stopped.")
+        _stop(
+            f"the disk is full ({error.filename or 'while writing'}). "
+            "Free space and repeat the command: it goes on where it stopped."
+        )
     except KeyboardInterrupt:
         _stop("interrupted. Repeat the command to go on.", code=130)
 
@@ -59,12 +62,16 @@ def _main(run: Callable[..., Metrics], argv: list[str]) -> None:
     keys = (stage, args.entry) if args.entry else (stage,)
     file = Path(args.params)
     params = parameters.load(file, hints["params"], keys)
-    machine = parameters.load(file, parameters.Machine, ("machine",)) if "machine" in parameters.read(file) else parameters.Machine()
+    machine = (
+        parameters.load(file, parameters.Machine, ("machine",)) if "machine" in parameters.read(file) else parameters.Machine()
+    )
     given = {name: Path(getattr(args, name)) for name in paths}
     outs = {name: path for name, path in given.items() if is_out(name)}
     inputs = {name: path for name, path in given.items() if not is_out(name)}
-    record = _record(stage, args.entry, params.model_dump(mode="json"), inputs)
     injected: dict[str, Any] = {"machine": machine}
+    if "entries" in hints:
+        injected["entries"] = tuple(parameters.read(file).get("evaluate") or ())
+    record = _record(stage, args.entry, params.model_dump(mode="json"), inputs, injected.get("entries", ()))
     if "seed" in hints:
         record["seed"] = injected["seed"] = parameters.load_seed(file)
     record["key"] = _key(record)
@@ -106,7 +113,9 @@ def _parse(stage: str, doc: str, paths: list[str], argv: list[str]) -> argparse.
     return parser.parse_args(argv)
 
 
-def _record(stage: str, entry: str | None, params: dict[str, Any], inputs: dict[str, Path]) -> dict[str, Any]:
+def _record(
+    stage: str, entry: str | None, params: dict[str, Any], inputs: dict[str, Path], entries: tuple[str, ...]
+) -> dict[str, Any]:
     """Who makes the artifacts of this run, from what: deterministic, so it may stand inside them."""
     seen, lineage = {}, {}
     for name, path in inputs.items():
@@ -114,9 +123,9 @@ def _record(stage: str, entry: str | None, params: dict[str, Any], inputs: dict[
             raise UserError(f"--{name.replace('_', '-')}: {path} is not there. Run `dvc repro`, which makes it first.")
         origin = artifact.record(path)
         seen[name] = {"path": path.as_posix(), "identity": artifact.identity(path), "key": origin.get("key")}
-        if origin:
-            lineage.update(origin.get("lineage", {}))
-            lineage[origin["key"]] = {k: v for k, v in origin.items() if k != "lineage"}
+        for made_by in filter(None, [origin, *(artifact.record(path / entry) for entry in entries)]):
+            lineage.update(made_by["lineage"])
+            lineage[made_by["key"]] = {k: v for k, v in made_by.items() if k != "lineage"}
     return {"stage": stage, "entry": entry, "params": params, "inputs": seen, "code": _code(), "lineage": lineage}
 
 
@@ -130,7 +139,7 @@ def _key(record: Mapping[str, Any]) -> str:
 def _code() -> str:
     """A hash of the sources of the pipeline modules this stage has loaded, without those that cannot change a result."""
     digest = hashlib.sha256()
-    modules = [m for name, m in sys.modules.items() if name == "__main__" or name.startswith("pipeline.") and name not in INERT]
+    modules = [m for name, m in sys.modules.items() if name == "__main__" or (name.startswith("pipeline.") and name not in INERT)]
     for file in sorted({m.__file__ for m in modules if getattr(m, "__file__", None)}, key=lambda f: Path(str(f)).name):
         digest.update(Path(str(file)).read_bytes())
     return digest.hexdigest()

@@ -1,0 +1,224 @@
+"""The one training loop: resumable to the bit, because data, views and dropout are functions of (seed, step)."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import safetensors.torch
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipeline import artifact, images, progress
+from pipeline.device import Device
+from pipeline.errors import UserError
+from pipeline.params import Section
+
+CHECKS = 10  # measurements on the held-out images in a run
+NAN_STEPS = 20  # a look at the loss makes a GPU wait: not at every step
+
+
+class Training(Section):
+    """How long and how fast to learn: `steps` of `batch` images, linear warm-up over a share of the steps, then cosine to zero.
+
+    `weight_decay` leaves biases and normalisation alone. `ema`: decay of a moving average of the weights, which then is the
+    result (0: off). `clip`: bound of the gradient's norm (0: off). `smoothing`: label smoothing where labels are read.
+    """
+
+    steps: PositiveInt
+    batch: PositiveInt = 256
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip: NonNegativeFloat = 0.0
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step in 0..steps-1."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+class TrainingError(UserError):
+    """Training cannot go on, or cannot be resumed."""
+
+
+class Log(Protocol):
+    def log(self, step: int | None = None, **values: float) -> None: ...
+
+
+class Order:
+    """Which images a step sees: consecutive pieces of one shuffled pass after another over `n` images."""
+
+    def __init__(self, n: int, batch: int, seed: int) -> None:
+        self.n, self.batch, self.seed = n, batch, seed
+        self.epochs: dict[int, np.ndarray] = {}
+
+    def rows(self, step: int) -> np.ndarray:
+        """(batch,) row numbers; the same for the same (seed, step)."""
+        position = np.arange(step * self.batch, (step + 1) * self.batch)
+        epoch, within = np.divmod(position, self.n)
+        return np.concatenate([self._shuffled(e)[within[epoch == e]] for e in np.unique(epoch)])
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        if epoch not in self.epochs:
+            self.epochs = {e: rows for e, rows in self.epochs.items() if e >= epoch - 2}
+            self.epochs[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        return self.epochs[epoch]
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[Tensor, np.ndarray], Tensor],
+    pixels: images.Pixels,
+    size: int,
+    view: images.View,
+    training: Training,
+    *,
+    seed: int,
+    device: Device,
+    scratch: Path,
+    journal: Log,
+    label: str,
+    check: Callable[[nn.Module], Mapping[str, float]],
+    checkpoint_minutes: float = 5.0,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train `model` in place; returns it (or its moving average) and the history of losses and held-out checks.
+
+    `loss` takes a batch of views, (B, 3, size, size) of 0..255 on the device, and their row numbers, and returns a scalar.
+    `check` measures the model on the held-out images, ten times in a run. A killed run goes on from its last checkpoint in
+    `scratch` and ends with the same bits as an undisturbed one. Raises TrainingError when the loss is no longer finite, keeping
+    the last good state.
+    """
+    model = device.place(model).train()
+    optimizer = _optimizer(model, training)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True) if training.ema else None
+    result = model if average is None else average.module
+    state = _State(scratch / "checkpoint", model, optimizer, average)
+    done = state.resume()
+    order = Order(len(pixels), training.batch, seed)
+    every = math.ceil(training.steps / CHECKS)
+    steps = range(done.step, training.steps)
+    saved = time.monotonic()
+    with progress.bar(training.steps, "steps", label, done=done.step) as shown:
+        for step, raw in zip(steps, images.ahead(lambda s: pixels.gather(order.rows(s)), steps), strict=True):
+            random = _seeded(seed, step)
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = training.rate(step)
+            with device.autocast():
+                value = loss(images.augment(device.batch(raw), size, view, random), order.rows(step))
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            if training.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+            optimizer.step()
+            if average is not None:
+                average.update_parameters(model)
+            done.losses.append(value.detach())
+            done.step = step + 1
+            save = time.monotonic() - saved > 60 * checkpoint_minutes and done.step < training.steps
+            note = done.step % every == 0 or done.step == training.steps
+            if save or note or done.step % NAN_STEPS == 0:
+                done.refuse_nan(training)
+            if note:
+                figures = done.note(training.rate(step), check(result))
+                journal.log(done.step, **figures)
+                shown.update(0, **figures)
+            if save:
+                state.save(done)
+                saved = time.monotonic()
+            shown.update(1)
+    return result, done.history
+
+
+@dataclass
+class _Done:
+    """How far a run has come: what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    saved: int = 0
+    losses: list[Tensor] = field(default_factory=list)  # since the last check; on the device, so that no step waits for them
+    history: dict[str, Any] = field(default_factory=lambda: {"train": [], "holdout": []})
+
+    def refuse_nan(self, training: Training) -> None:
+        """Raise TrainingError at the first loss that is not finite: before a checkpoint could keep what it did to the weights."""
+        losses = torch.stack(self.losses) if self.losses else torch.zeros(1)
+        bad = (~torch.isfinite(losses)).nonzero()
+        if len(bad):
+            step = self.step - len(self.losses) + int(bad[0])
+            raise TrainingError(
+                f"the loss is {float(losses[bad[0]])} at step {step + 1} of {training.steps}, learning rate {training.rate(step):.3g}. "
+                "Lower `training.lr`, lengthen `training.warmup` or set `training.clip`. "
+                f"The last good state, of step {self.saved}, is kept."
+            )
+
+    def note(self, rate: float, measured: Mapping[str, float]) -> dict[str, float]:
+        loss = float(torch.stack(self.losses).float().mean())
+        self.losses = []
+        self.history["train"].append({"step": self.step, "loss": loss, "lr": rate})
+        self.history["holdout"].append({"step": self.step, **measured})
+        return {"loss": loss, "lr": rate, **{f"holdout_{name}": value for name, value in measured.items()}}
+
+
+def _seeded(seed: int, step: int) -> torch.Generator:
+    """The random numbers of a step: the views draw from the returned generator, dropout from torch's own."""
+    state = np.random.SeedSequence((seed, step)).generate_state(2, np.uint64)
+    torch.manual_seed(int(state[0]))
+    return torch.Generator().manual_seed(int(state[1]))
+
+
+def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    free = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=training.momentum > 0)
+    return torch.optim.AdamW(groups, lr=training.lr)
+
+
+class _State:
+    """The resumable state as one artifact: tensors in safetensors, the rest in JSON."""
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None) -> None:
+        self.folder, self.optimizer = folder, optimizer
+        self.modules = {"model": model} | ({"average": average} if average is not None else {})
+
+    def save(self, done: _Done) -> None:
+        done.saved = done.step
+        tensors = {f"{kind}.{name}": t for kind, module in self.modules.items() for name, t in module.state_dict().items()}
+        for i, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{slot}": t for slot, t in slots.items() if isinstance(t, Tensor)}
+        if done.losses:
+            tensors["losses"] = torch.stack(done.losses)
+        with artifact.writing(self.folder) as tmp:
+            whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+            safetensors.torch.save_file(whole, tmp / "state.safetensors")
+            (tmp / "done.json").write_text(json.dumps({"step": done.step, "history": done.history}))
+
+    def resume(self) -> _Done:
+        """Restore the modules and the optimiser in place. Raises ArtifactError for a damaged checkpoint."""
+        if not self.folder.exists():
+            return _Done()
+        artifact.verify(self.folder)
+        tensors = safetensors.torch.load_file(self.folder / "state.safetensors")
+        for kind, module in self.modules.items():
+            module.load_state_dict({n.removeprefix(f"{kind}."): t for n, t in tensors.items() if n.startswith(f"{kind}.")})
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, slot = name.split(".")
+                slots.setdefault(int(i), {})[slot] = tensor
+        # SGD without a step yet has no momentum; load_state_dict moves the tensors to the parameters' device.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        raw = json.loads((self.folder / "done.json").read_text())
+        return _Done(raw["step"], raw["step"], list(tensors["losses"]) if "losses" in tensors else [], raw["history"])

@@ -1,0 +1,172 @@
+"""Classifiers under one `create`: the small-image ResNets of the literature, and every model of timm."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+
+SMALL = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
+STEM_3X3 = re.compile(r"(resnet(?:18|34|50|101|152))_3x3")
+
+
+class ModelError(UserError):
+    """No such architecture, or options that it does not take."""
+
+
+def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pretrained: bool = False) -> nn.Module:
+    """A classifier (B, 3, S, S) float -> (B, classes) logits.
+
+    `arch`: resnet8/14/20/32/44/56/110 (He et al. 2016, section 4.2, for 32 px images; options `shortcut`, `width`,
+    `stem_stride`); resnet18_3x3, resnet50_3x3, ... (timm's, with a 3x3 stem of stride 1 and no max-pooling); any name of timm.
+    `pretrained` brings timm's published weights (and needs a network or a filled cache). Raises ModelError.
+    """
+    options = dict(options or {})
+    try:
+        if arch in SMALL:
+            if pretrained:
+                raise ModelError(f"`{arch}` has no published weights by name: give the file as `checkpoint`.")
+            return SmallResNet(SMALL[arch], classes, **options)
+        return _timm(arch, classes, options, pretrained)
+    except TypeError as error:
+        raise ModelError(f"`{arch}` does not take these options: {options} ({error}).") from error
+
+
+def _timm(arch: str, classes: int, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    import timm  # a second of import time that the small networks need not pay
+
+    small_stem = STEM_3X3.fullmatch(arch)
+    name = small_stem[1] if small_stem else arch
+    if not timm.is_model(name):
+        known = [*SMALL, *timm.list_models()]
+        close = difflib.get_close_matches(arch, known, n=3)
+        raise ModelError(f"there is no architecture `{arch}`" + (f"; close: {', '.join(close)}." if close else "."))
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=classes, **options)
+    except (RuntimeError, OSError) as error:
+        raise ModelError(f"timm cannot make `{name}` (pretrained: {pretrained}): {error}") from error
+    if small_stem:
+        model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    return model
+
+
+def head_prefix(model: nn.Module) -> str:
+    """The name of the classifier layer, which a model started from other classes does not take over."""
+    if isinstance(model, SmallResNet):
+        return "linear."
+    return f"{getattr(model, 'default_cfg', {}).get('classifier', 'fc')}."
+
+
+class SmallResNet(nn.Module):
+    """ResNet of 6n+2 layers for small images: three stages of n basic blocks, widths w, 2w, 4w (He et al. 2016, section 4.2).
+
+    `shortcut`: A, which keeps the identity by striding and zero channels and has no parameters, or B, a 1x1 convolution where
+    shapes change. `stem_stride` 2 quarters the compute for larger images. Parameter names follow the common option-A
+    checkpoints (conv1, bn1, layer1.0.conv1, ..., linear).
+    """
+
+    def __init__(
+        self, blocks: int, classes: int, *, width: int = 16, shortcut: Literal["A", "B"] = "A", stem_stride: int = 1
+    ) -> None:
+        super().__init__()
+        if shortcut not in ("A", "B"):
+            raise ModelError(f"`shortcut` is {shortcut!r}: it must be A or B.")
+        self.num_features = 4 * width
+        self.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        widths, channels = (width, 2 * width, 4 * width), width
+        for i, out in enumerate(widths):
+            first = BasicBlock(channels, out, 2 if i else 1, shortcut)
+            rest = [BasicBlock(out, out, 1, shortcut) for _ in range(blocks - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
+            channels = out
+        self.linear = nn.Linear(channels, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, 4w, S', S')."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        for name in ("layer1", "layer2", "layer3"):
+            x = self.get_submodule(name)(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.forward_features(x).mean((2, 3)))
+        return logits
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, channels: int, out: int, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels != out:
+            self.shortcut = (
+                PaddedIdentity(stride, out - channels)
+                if shortcut == "A"
+                else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class PaddedIdentity(nn.Module):
+    """Option A: every `stride`-th pixel, with `extra` zero channels, half before and half after."""
+
+    def __init__(self, stride: int, extra: int) -> None:
+        super().__init__()
+        self.stride, self.extra = stride, extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.extra // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.extra - before))
+
+
+def parameters_of(model: nn.Module) -> int:
+    """The number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def macs(model: nn.Module, size: int) -> int:
+    """Multiply-accumulates of one image of `size` pixels, counted over matrix products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    model.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def torchvision_weights(arch: str) -> dict[str, Tensor]:
+    """torchvision's published weights of a model, whose parameter names timm shares for ResNets, VGGs and DenseNets.
+
+    Raises ModelError for a name that torchvision lacks, or when the weights are neither cached nor can be downloaded.
+    """
+    import torchvision
+
+    if arch not in torchvision.models.list_models():
+        close = difflib.get_close_matches(arch, torchvision.models.list_models(), n=3)
+        raise ModelError(f"torchvision has no model `{arch}`" + (f"; close: {', '.join(close)}." if close else "."))
+    try:
+        state: dict[str, Tensor] = torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
+    except OSError as error:
+        raise ModelError(
+            f"torchvision's weights of `{arch}` cannot be fetched ({error}). Give a local file as `checkpoint`."
+        ) from error
+    return state

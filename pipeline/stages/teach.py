@@ -1,0 +1,89 @@
+"""Train a model on labels, or bring in a published one: teachers, baselines, fine-tunes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline import artifact, checkpoint, device, fit, images, manifest, models, network, predict, stage
+from pipeline.params import Machine, Section
+
+
+class Teach(Section):
+    """`init`: `scratch`, or the model directory to start from (`teach/teacher`). `training: null` keeps the model as it comes.
+
+    `labelled`: how many labelled images a model that is brought in has seen, for the table. `note` stands below the table.
+    """
+
+    init: str
+    model: network.Network | None = None
+    view: images.View = images.View()
+    training: fit.Training | None = None
+    note: str | None = None
+
+
+def run(
+    params: Teach,
+    *,
+    train: Path,
+    holdout: Path,
+    init: Path,
+    out: Path,
+    seed: int,
+    scratch: Path,
+    journal: stage.Journal,
+    machine: Machine,
+) -> stage.Metrics:
+    """Minimise the cross entropy of `train`'s labels, starting from `init`, and write the model directory `out`.
+
+    The held-out images are measured ten times in a run, never trained on. Raises TrainingError, CheckpointError, ModelError.
+    """
+    labelled, held_out = manifest.read(train), manifest.read(holdout)
+    on = device.pick(machine)
+    model, description = network.start(params.model, init, labelled.classes, seed)
+    model = on.place(model)
+    given = images.Input.model_validate(description.input)
+    cores = machine.cores(machine.workers)
+    check = predict.checker(images.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on)
+    history: dict[str, list[dict[str, float]]] = {"train": [], "holdout": []}
+    if params.training is not None:
+        labels = torch.from_numpy(labelled.labels())
+        smoothing = params.training.smoothing
+
+        def cross_entropy(views: Tensor, rows: np.ndarray) -> Tensor:
+            y = labels[rows].to(on.device)  # N
+            return F.cross_entropy(model(images.normalise(views, given)).float(), y, label_smoothing=smoothing)
+
+        model, history = fit.fit(
+            model,
+            cross_entropy,
+            images.load(labelled, given.side, cores, machine.memory_gb, "train"),
+            given.size,
+            params.view,
+            params.training,
+            seed=seed,
+            device=on,
+            scratch=scratch,
+            journal=journal,
+            label="training",
+            check=check,
+            checkpoint_minutes=machine.checkpoint_minutes,
+        )
+    facts = {
+        "steps": params.training.steps if params.training else 0,
+        "batch": params.training.batch if params.training else 0,
+        "labelled": len(labelled) + len(held_out),
+        "unlabelled": 0,
+        "note": params.note,
+    }
+    described = checkpoint.Description(description.arch, labelled.classes, description.input, description.options, {**facts})
+    with artifact.writing(out) as tmp:
+        checkpoint.save(tmp, model, described, history)
+    measured = {f"holdout_{name}": value for name, value in check(model).items()}
+    return {"steps": facts["steps"], "images": len(labelled), "parameters": models.parameters_of(model), **measured}
+
+
+if __name__ == "__main__":
+    stage.main(run)
