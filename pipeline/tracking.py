@@ -1,75 +1,553 @@
-"""Runs in MLflow, without MLflow in a stage: a stage writes a journal, a process of its own mirrors it.
+"""The mirror: sends the journals of the stages to MLflow. The only module that imports mlflow, and no stage waits for it.
 
-A stage appends JSON lines to `.scratch/journal/<stage>.<entry>-<key>-<time>.jsonl`, which costs microseconds and needs no server.
+    .scratch/journal/*.jsonl, *.files/    what the stages wrote (`pipeline.journal`); removed once MLflow has it all
+    .scratch/journal/*.state              how far the mirror came
+    .scratch/journal/refused/             what a healthy server would not take
+    .scratch/journal/mirror.log           what was sent, and the reason for what was not
+
+One mirror runs per folder; the first journal starts it, and it ends when it has been idle for a while.
+`python -m pipeline.tracking flush` waits until everything is sent. The store is `sqlite:///mlflow.db`, or MLFLOW_TRACKING_URI.
+
+When `compare` ends, the stages it was made from become children of its run, also those that DVC skipped or restored: see
+`Mirror._complete`. So a comparison in MLflow is as complete as the one on disk.
 """
 
+import argparse
 import contextlib
+import dataclasses
 import fcntl
+import hashlib
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-OFF = "WINNOW_TRACKING"
+from pipeline.journal import (
+    COMPARISON,
+    DEFAULT_URI,
+    Journal,
+    has_ended,
+    mirror_command,
+    open_journal,
+    run_name,
+    start_mirror,
+    try_lock,
+)
+
+__all__ = ["Journal", "Mirror", "flush", "open_journal"]
+
+JOURNALS = Path(".scratch", "journal")
+
+POLL_SECONDS = 1.0
+IDLE_SECONDS = 20.0
+GIVE_UP_SECONDS = 120.0
+LONGEST_WAIT_SECONDS = 60.0
+STRIKES = 3
+
+MLFLOW_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "DO_NOT_TRACK": "true",
+}
 
 
-class Journal:
-    """What one run of a stage tells about itself, one JSON line at a time, flushed at once.
+@dataclasses.dataclass
+class State:
+    """How far a journal was sent. Written after each step; a step that is repeated after a crash changes nothing in MLflow."""
 
-    The file stays locked while the stage lives, so that a reader can tell a dead writer from a silent one. An error of the disk is
-    said once on stderr and never reaches the stage.
-    """
+    uri: str
+    run_id: str | None = None
+    offset: int = 0
+    last_step: int = 0
+    last_time: float = 0.0
+    dvc_lock: str | None = None
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._file: IO[bytes] | None = None
-        self._complained = False
-        if path is None:
+
+class Waiting:
+    """A journal on its way: what was read of it and what was sent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as f:
+            self.begin: dict[str, Any] = json.loads(f.readline())
+            self._start = f.tell()
+        self.record: dict[str, Any] = self.begin["record"]
+        self._state_file = path.with_suffix(".state")
+        self.known = self._state_file.exists()
+        self.state = State(**json.loads(self._state_file.read_text())) if self.known else self._unsent(self.begin["uri"])
+        self._read_to = self.state.offset
+        self.unsent: list[dict[str, Any]] = []
+        self.strikes = 0
+        self.alive = True
+
+    def _unsent(self, uri: str) -> State:
+        return State(uri, offset=self._start, last_time=self.begin["time"])
+
+    def read(self) -> None:
+        """Take in what the stage has written since, at most some megabytes at a time."""
+        # First the lock, then the lines: the other way round, the last words of a stage that ends in between would be missed.
+        self.alive = not has_ended(self.path)
+        if len(self.unsent) > 10_000:
             return
-        with self._never_fatal():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("ab", buffering=0)
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._file = file
+        with self.path.open("rb") as f:
+            f.seek(self._read_to)
+            block = f.read(1 << 26)
+        whole = block[: block.rfind(b"\n") + 1]
+        self._read_to += len(whole)
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):  # a line that a full disk tore apart
+                self.unsent.append(json.loads(line))
+        if self.unsent:
+            self.state.last_time = self.unsent[-1]["time"]
+        if not self.alive and not whole and self.end is None:
+            self.unsent.append({"event": "end", "time": self.state.last_time, "status": "KILLED", "metrics": {}})
 
-    def log(self, step: int | None = None, **values: float) -> None:
-        """Note values of now: a loss, a learning rate, a duration; `step` puts them on a curve."""
-        self._write("metrics", step=step, values={name: float(value) for name, value in values.items()})
+    @property
+    def end(self) -> dict[str, Any] | None:
+        """The last word, once it was read."""
+        return self.unsent[-1] if self.unsent and self.unsent[-1]["event"] == "end" else None
 
-    def finish(self, status: str, metrics: Mapping[str, Any], artifacts: list[Path]) -> None:
-        """End the run as FINISHED, FAILED or KILLED, with its final metrics and the artifacts it wrote."""
-        self._write("end", status=status, metrics=dict(metrics), artifacts=[str(path) for path in artifacts])
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def lock_is_settled(self) -> bool:
+        """Whether dvc.lock holds the comparison: DVC writes it after the stage has ended. Notes its hash, while it is fresh."""
+        if self.end is None or self.record["stage"] != COMPARISON or self.state.dvc_lock is not None:
+            return True
+        file, age = Path(self.begin["workspace"], "dvc.lock"), time.time() - self.end["time"]
+        written = file.stat().st_mtime if file.is_file() else 0.0
+        if self.begin["dvc"] and written < self.end["time"] and age < 10:
+            return False
+        self.state.dvc_lock = hashlib.sha256(file.read_bytes()).hexdigest() if written and age < 60 else ""
+        self.save()
+        return True
 
-    def _write(self, event: str, **content: Any) -> None:
-        if self._file is None:
-            return
-        line = json.dumps({"event": event, "time": time.time(), **content}) + "\n"
-        with self._never_fatal():
-            self._file.write(line.encode())
+    def restart(self, uri: str) -> None:
+        """Send it from the start: to another store, or to a database that has lost its run."""
+        self.state = dataclasses.replace(self._unsent(uri), dvc_lock=self.state.dvc_lock)
+        self._read_to, self.unsent, self.known = self._start, [], False
+        self.save()
 
-    @contextlib.contextmanager
-    def _never_fatal(self) -> Any:
+    def sent(self) -> None:
+        """All that was read is in MLflow."""
+        self.unsent, self.state.offset = [], self._read_to
+        self.save()
+
+    def save(self) -> None:
+        tmp = self._state_file.with_suffix(".state-new")
+        tmp.write_text(json.dumps(dataclasses.asdict(self.state)))
+        tmp.rename(self._state_file)
+
+    def remove(self) -> None:
+        # The journal last: whatever is left of it after a crash is sent again, and found to be there.
+        shutil.rmtree(self.path.with_suffix(".files"), ignore_errors=True)
+        self.path.unlink()
+        self._state_file.unlink(missing_ok=True)
+
+    def set_aside(self) -> None:
+        refused = self.path.parent / "refused"
+        refused.mkdir(exist_ok=True)
+        self._state_file.unlink(missing_ok=True)
+        for path in (self.path.with_suffix(".files"), self.path):
+            if path.exists():
+                path.rename(refused / path.name)
+
+
+class Store:
+    """An experiment of an MLflow store. Opened when first used; after a failure it rests for a growing time."""
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.uri, self._experiment = uri, experiment
+        self._client: Any = None
+        self._database = Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+        self._inode = 0
+        self._rest = 0.0
+        self.resting_until = 0.0
+
+    @property
+    def client(self) -> Any:
+        """The MlflowClient; the database and the experiment exist."""
+        if self._client is None:
+            for name, value in MLFLOW_SETTINGS.items():
+                os.environ.setdefault(name, value)
+            from mlflow.tracking import MlflowClient
+
+            with _one_at_a_time(self._database):
+                client = MlflowClient(self.uri)
+                self.experiment_id = _experiment_id(client, self._experiment, own=self._database is not None)
+            self._inode = _inode(self._database) if self._database else 0
+            self._client = client
+        return self._client
+
+    def healthy(self) -> bool:
+        """Whether it answers; if not, it is left alone for twice as long as the last time."""
         try:
-            yield
-        except OSError as error:
-            if not self._complained:
-                sys.stderr.write(
-                    f"warning: the journal {self._path} cannot be written ({error}); MLflow will lack this run.\n"
-                )
-            self._complained = True
+            self.client.get_experiment(self.experiment_id)
+        except Exception as error:
+            self._rest = min(2 * self._rest or 1.0, LONGEST_WAIT_SECONDS)
+            self.resting_until = time.monotonic() + self._rest
+            _say(f"{self.uri} does not answer, next try in {self._rest:.0f} s: {error!r}")
+            return False
+        self._rest = 0.0
+        return True
+
+    def create(self, name: str, start: float, tags: Mapping[str, str]) -> str:
+        run = self.client.create_run(self.experiment_id, start_time=_ms(start), run_name=name, tags=dict(tags))
+        return str(run.info.run_id)
+
+    def log(self, run_id: str, params: Mapping[str, Any], metrics: Sequence[tuple[str, float, float, int]]) -> None:
+        """Params by name, and metrics as (name, value, time, step), in as few requests as MLflow's limits allow."""
+        from mlflow.entities import Metric, Param
+
+        client = self.client
+        for some in _chunks([Param(_legal(k), _text(v, 6000)) for k, v in params.items()], 100):
+            client.log_batch(run_id, params=some)
+        for some in _chunks([Metric(_legal(name), value, _ms(at), step) for name, value, at, step in metrics], 1000):
+            client.log_batch(run_id, metrics=some)
+
+    def search(self, tag: str, value: str) -> list[Any]:
+        """The runs with this tag, the newest first."""
+        query, order = f"tags.`{tag}` = '{value}'", ["attributes.start_time DESC"]
+        return list(self.client.search_runs([self.experiment_id], query, order_by=order, max_results=10_000))
+
+    def has(self, run_id: str) -> bool:
+        try:
+            return bool(self.client.get_run(run_id))
+        except Exception:
+            return False
+
+    def was_removed(self) -> bool:
+        """Whether the database file was removed or replaced: an open connection would go on writing into the removed one."""
+        return self._client is not None and self._database is not None and _inode(self._database) != self._inode
 
 
-def open_journal(record: Mapping[str, Any], folder: Path) -> Journal:
-    """Begin the journal of the run that `record` (stage, entry, params, inputs, seed, key, lineage) describes."""
-    if os.environ.get(OFF) == "off":
-        return Journal(None)
-    name = ".".join(filter(None, (record["stage"], record["entry"])))
-    journal = Journal(folder / f"{name}-{record['key'][:16]}-{time.time_ns()}.jsonl")
-    journal._write("begin", record=dict(record))
-    return journal
+class Mirror:
+    """Sends the journals of a folder to MLflow until nothing more comes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._journals: dict[Path, Waiting] = {}
+        self._stores: dict[tuple[str, str], Store] = {}
+
+    def follow(self) -> None:
+        """Run until idle, or until nothing can be reached any more. Only one mirror of a folder runs at a time."""
+        while self.folder.is_dir() and (lock := try_lock(self.folder / "mirror.lock")) is not None:
+            with lock:
+                gave_up = self._follow(lock)
+            # A stage that began just now saw the lock and started no mirror: look once more.
+            if gave_up or not _journal_files(self.folder):
+                return
+
+    def _follow(self, lock: IO[bytes]) -> bool:
+        useful = time.monotonic()
+        # The lock file is gone when someone removed the folder; the next stage starts another mirror.
+        while os.fstat(lock.fileno()).st_nlink:
+            before = _journal_files(self.folder)
+            alive = self.poll()
+            left = _journal_files(self.folder)
+            if alive or len(left) < len(before):
+                useful = time.monotonic()
+            if time.monotonic() - useful > (GIVE_UP_SECONDS if left else IDLE_SECONDS):
+                return bool(left)
+            if any(store.was_removed() for store in self._stores.values()):
+                _say("the database was removed: starting again")
+                os.execv(sys.executable, mirror_command(self.folder))  # MLflow keeps the old one open as long as it lives
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def poll(self) -> bool:
+        """Send what is new in every journal, the oldest first; whether a stage is still at work."""
+        self._journals = {file: self._journals.get(file) or Waiting(file) for file in _journal_files(self.folder)}
+        for journal in self._journals.values():
+            journal.read()
+        self._obey_flush()
+        for journal in self._journals.values():
+            store = self._store(journal)
+            if journal.lock_is_settled() and time.monotonic() >= store.resting_until:
+                self._try(journal, store)
+        return any(journal.alive for journal in self._journals.values())
+
+    def _obey_flush(self) -> None:
+        """Try again at once what was resting; `flush` may also name another store for everything that has ended."""
+        marker = self.folder / "flush"
+        if not marker.exists():
+            return
+        uri = marker.read_text()
+        marker.unlink()
+        for store in self._stores.values():
+            store.resting_until = 0.0
+        for journal in self._journals.values():
+            if uri not in ("", journal.state.uri) and not journal.alive:
+                journal.restart(uri)
+                journal.read()
+
+    def _try(self, journal: Waiting, store: Store) -> None:
+        """Send; after a failure find out whose fault it is: the server's, the database's, or the journal's."""
+        try:
+            self._send(journal, store)
+        except Exception as error:
+            _say(f"{journal.path.name}: {error!r}")
+            if not store.healthy():
+                return
+            if journal.state.run_id is not None and not store.has(journal.state.run_id):
+                journal.restart(store.uri)
+            journal.strikes += 1
+            if journal.strikes == STRIKES:
+                _say(f"{journal.path.name}: set aside in {self.folder / 'refused'}")
+                journal.set_aside()
+
+    def _store(self, journal: Waiting) -> Store:
+        where = journal.state.uri, journal.begin["experiment"]
+        return self._stores.setdefault(where, Store(*where))
+
+    def _send(self, journal: Waiting, store: Store) -> None:
+        if journal.state.run_id is None:
+            self._begin(journal, store)
+        run_id = journal.state.run_id
+        assert run_id is not None
+        if not journal.unsent:
+            return
+        logged = [e for e in journal.unsent if e["event"] == "metrics"]
+        steps = [(n, v, e["time"], e["step"] or 0) for e in logged for n, v in e["values"].items()]
+        journal.state.last_step = max([journal.state.last_step, *(step for _, _, _, step in steps)])
+        store.log(run_id, {}, steps)
+        if journal.end is None:
+            journal.sent()
+        else:
+            self._end(journal, store, run_id, journal.end)
+
+    def _begin(self, journal: Waiting, store: Store) -> None:
+        """Create the run, or find the one that a mirror created just before it was killed."""
+        record, name = journal.record, journal.path.stem
+        found = store.search("winnow.journal", name) if journal.known else []
+        if found:
+            run_id = found[0].info.run_id
+        else:
+            journal.save()
+            tags = {**_tags(record, "executed"), **journal.begin["tags"], "winnow.journal": name}
+            earlier = _originals(store, record["key"])
+            if earlier:
+                tags["winnow.repeat"] = earlier[0].info.run_id
+            run_id = store.create(run_name(record), journal.begin["time"], tags)
+        store.log(run_id, _params(record), [])
+        journal.state.run_id, journal.known = run_id, True
+        journal.save()
+
+    def _end(self, journal: Waiting, store: Store, run_id: str, end: dict[str, Any]) -> None:
+        client, record = store.client, journal.record
+        final = _numbers(end["metrics"])
+        # On the last step of the curves: MLflow shows the value of the highest step as a run's metric.
+        store.log(run_id, {}, [(name, value, end["time"], journal.state.last_step) for name, value in final.items()])
+        if end.get("error"):
+            client.set_tag(run_id, "winnow.error", _text(end["error"], 5000))
+        if journal.state.dvc_lock:
+            client.set_tag(run_id, "winnow.dvc_lock", journal.state.dvc_lock)
+        if end["status"] == "FINISHED" and record["stage"] == COMPARISON:
+            self._complete(store, run_id, record["lineage"], end)
+        client.set_terminated(run_id, end["status"], end_time=_ms(end["time"]))
+        # After the numbers: a server whose artifact store is out of reach shall not keep the run open.
+        files = journal.path.with_suffix(".files")
+        if files.is_dir():
+            client.log_artifacts(run_id, str(files))
+        journal.remove()
+        _say(f"{run_name(record)}: {end['status']}, run {run_id}")
+
+    def _complete(self, store: Store, parent: str, lineage: Mapping[str, Any], end: Mapping[str, Any]) -> None:
+        """Give a comparison one child run for every stage it was made from, and all their params and metrics.
+
+        executed: its run since the last comparison becomes the child. unchanged: DVC had nothing to do; the child is a copy
+        that names the run it stands for (winnow.source). restored: no run is known, since DVC took the outcome from its cache
+        or the database is new; the child is made from the artifact's record and the metrics file.
+        """
+        children = {run.data.tags["winnow.key"]: run for run in store.search("mlflow.parentRunId", parent)}
+        rows = []
+        for key, record in sorted(lineage.items(), key=lambda item: run_name(item[1])):
+            metrics = _numbers(end.get("compared", {}).get(key, {}))
+            child = children.get(key)
+            if child is None or child.info.status != "FINISHED":
+                child = _child(store, parent, record, metrics, end["time"], unfinished=child)
+            name = run_name(record)
+            store.log(
+                parent,
+                {f"{name}.{k}": v for k, v in _params(record).items()},
+                [(f"{name}.{k}", v, end["time"], 0) for k, v in metrics.items()],
+            )
+            link = f"#/experiments/{store.experiment_id}/runs/{child.info.run_id}"
+            rows.append([name, child.data.tags["winnow.status"], child.info.run_id, link, key])
+        store.client.log_dict(parent, {"columns": ["stage", "status", "run_id", "link", "key"], "data": rows}, "runs.json")
+        counts = Counter(row[1] for row in rows)
+        note = ", ".join(f"{counts[status]} {status}" for status in ("executed", "unchanged", "restored"))
+        store.client.set_tag(parent, "mlflow.note.content", f"{len(rows)} stages: {note}; runs.json lists them.")
+
+
+def _child(store: Store, parent: str, record: Mapping[str, Any], metrics: dict[str, float], now: float, unfinished: Any) -> Any:
+    """The run of a stage under a comparison; see `Mirror._complete`. `unfinished`: a mirror was killed while it made it."""
+    client, source = store.client, next(iter(_originals(store, record["key"])), None)
+    start = end = now
+    tags = _tags(record, "restored")
+    if source is not None:
+        if unfinished is None and "mlflow.parentRunId" not in source.data.tags:
+            client.set_tag(source.info.run_id, "mlflow.parentRunId", parent)
+            return source
+        start, end = source.info.start_time / 1000, source.info.end_time / 1000
+        tags = {**_tags(record, "unchanged"), "winnow.source": source.info.run_id}
+    tags["mlflow.parentRunId"] = parent
+    run_id = unfinished.info.run_id if unfinished is not None else store.create(run_name(record), start, tags)
+    store.log(run_id, _params(record), [(name, value, end, 0) for name, value in metrics.items()])
+    client.set_terminated(run_id, "FINISHED", end_time=_ms(end))
+    return client.get_run(run_id)
+
+
+def _originals(store: Store, key: str) -> list[Any]:
+    """The finished runs of this key that are no copies, the newest first."""
+    runs = store.search("winnow.key", key)
+    return [r for r in runs if r.info.status == "FINISHED" and r.data.tags.get("winnow.status") != "unchanged"]
+
+
+@contextlib.contextmanager
+def _one_at_a_time(database: Path | None) -> Iterator[None]:
+    """Let one process create a new SQLite database while others wait: MLflow's own creation fails in all but one."""
+    if database is None:
+        yield
+        return
+    with Path(f"{database}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _inode(file: Path) -> int:
+    return file.stat().st_ino if file.exists() else 0
+
+
+def _experiment_id(client: Any, name: str, own: bool) -> str:
+    """The experiment of this name, made if it is new; `own`: the store is a database file of ours, not a server."""
+    from mlflow.exceptions import MlflowException
+
+    # MLflow would put the files into ./mlruns, which is also the name of its retired file store.
+    where = Path("mlartifacts").absolute().as_uri() if own else None
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=where))
+        except MlflowException:  # another process was faster
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    return str(experiment.experiment_id)
+
+
+def _tags(record: Mapping[str, Any], status: str) -> dict[str, str]:
+    inputs = {name: {"path": i["path"], "identity": i["identity"]} for name, i in record["inputs"].items()}
+    text = json.dumps(inputs)
+    if len(text) > 5000:
+        text = json.dumps({i["path"]: i["identity"][:12] for i in inputs.values()})
+    return {
+        "winnow.stage": record["stage"],
+        **({"winnow.entry": record["entry"]} if record["entry"] else {}),
+        "winnow.key": record["key"],
+        "winnow.inputs": _text(text, 5000),
+        "winnow.status": status,
+        "mlflow.source.name": " ".join(filter(None, (f"python -m pipeline.stages.{record['stage']}", record["entry"]))),
+        "mlflow.source.type": "LOCAL",
+    }
+
+
+def _params(record: Mapping[str, Any]) -> dict[str, Any]:
+    seed = {"seed": record["seed"]} if "seed" in record else {}
+    return {**_flat(record["params"]), **seed}
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What MLflow can take as a metric; metrics.json among the artifacts has the rest."""
+    return {name: float(value) for name, value in _flat(metrics).items() if isinstance(value, int | float)}
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}.{inner}": v for inner, v in _flat(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _legal(name: str) -> str:
+    """A name that MLflow accepts: letters, digits and `_-. /:`, at most 250."""
+    return "".join(c if c.isalnum() or c in "_-. /:" else "_" for c in name)[:250]
+
+
+def _text(value: Any, limit: int) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _journal_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jsonl"), key=lambda file: int(file.stem.rpartition("-")[2]))
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+    sys.stderr.flush()
+
+
+# The commands.
+
+
+def flush(folder: Path, timeout: float) -> str:
+    """Wait until all runs that have ended are in MLflow, at most `timeout` seconds; return what to tell the user.
+
+    Tries again what was refused. With MLFLOW_TRACKING_URI set, what waits for another store is sent there.
+    """
+    refused = folder / "refused"
+    for path in sorted(refused.glob("*"), key=lambda p: p.suffix == ".jsonl"):
+        path.rename(folder / path.name)
+    ended = waiting = [file for file in _journal_files(folder) if has_ended(file)]
+    if waiting:
+        (folder / "flush").write_text(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    deadline = time.monotonic() + timeout
+    while waiting and time.monotonic() < deadline:
+        start_mirror(folder)
+        time.sleep(min(1.0, timeout))
+        waiting = [file for file in waiting if file.exists()]
+    lost = sum((refused / file.name).exists() for file in ended)
+    message = f"tracking: {len(ended) - len(waiting) - lost} runs sent, {len(waiting)} waiting; {_where_to_look()}"
+    if waiting:
+        message += f"\n  The store does not answer ({folder}/mirror.log). The next stage tries again, or the same command."
+    if lost:
+        message += f"\n  {lost} runs were refused ({folder}/mirror.log says why). The same command tries again."
+    return message
+
+
+def _where_to_look() -> str:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI)
+    return f"see them at {uri}" if uri.startswith("http") else f"see them with .venv/bin/mlflow ui --backend-store-uri {uri}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.tracking", description="Send the journals of the stages to MLflow.")
+    parser.add_argument("command", choices=["flush", "follow"], help="flush: send what waits; follow: what the stages start")
+    parser.add_argument("--folder", type=Path, default=JOURNALS, help="the folder of the journals")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="how long flush waits")
+    args = parser.parse_args()
+    if args.command == "flush":
+        sys.stdout.write(flush(args.folder, args.timeout) + "\n")
+    else:
+        os.nice(10)
+        Mirror(args.folder).follow()
+
+
+if __name__ == "__main__":
+    main()
