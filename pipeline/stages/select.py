@@ -1,0 +1,253 @@
+"""Select the pool images that the student learns from: the teacher's surest k of each class, or a control."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, PositiveInt
+
+from pipeline import artifact, manifest, stage
+from pipeline.errors import UserError
+from pipeline.params import Machine, Section
+
+SCORES = "scores.parquet"
+SELECTION = "selection.json"
+NAMED = 20
+"""Short classes named on the terminal; the metrics and selection.json name all."""
+
+
+class Select(Section):
+    """Which images of the pool are selected (SSLD's documentation; Yalniz et al. 2019 for `top_p`).
+
+    `rule`: `top` takes the `k` images of each class that have the highest log p; `random` takes as many images as
+    `top` would, drawn by the seed; `all` takes the pool. `membership`: an image belongs to its first class (`argmax`),
+    to its first `p` (`top_p`), or to each class that its scores hold (`any`). `several`: whether more than one class
+    may take the same image. If not, the pairs of image and class are gone through from the highest log p down (ties:
+    first image first, then first class first), and a pair is taken when its image is still free and its class has
+    fewer than `k`. `scores` names the entry of `score`; `dvc.yaml` turns it into a path.
+    """
+
+    scores: str
+    rule: Literal["top", "random", "all"]
+    k: PositiveInt = Field(le=999_999)
+    membership: Literal["argmax", "top_p", "any"] = "argmax"
+    p: PositiveInt = 10
+    several: bool = True
+
+
+class Taken(NamedTuple):
+    """Pairs of an image and a class that takes it: three arrays of shape (T,)."""
+
+    images: np.ndarray
+    """int64, rows of the pool; an image that several classes take occurs several times."""
+    classes: np.ndarray
+    """int64"""
+    surprisals: np.ndarray
+    """float32, -log p >= 0; -1 where the class took the image unranked"""
+
+
+def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, scratch: Path, machine: Machine) -> stage.Metrics:
+    """Keep the pool images that the teacher is surest of, the same number of each class.
+
+    `scores`: an artifact of `score`, made from the manifest `pool`. `out`: a manifest of the selected images, without
+    labels, whose classes are the teacher's; selection.json beside it says for each class how many images it took, how
+    many were available, and the log p of the last. For the rules `random` and `all`, an image counts for its first
+    class, and there is no last log p.
+
+    The result does not depend on threads, memory or row groups. Raises UserError if the scores are of another pool.
+    """
+    images = manifest.read(pool)
+    classes = _classes(artifact.verify(scores), pool, len(images))
+    table = scores / SCORES
+    with _database(scratch / "duckdb", machine) as db:
+        rows = np.arange(len(images))
+        if params.rule != "all":
+            members = _members(params, table)
+            available = _available(db, table, members, len(classes))
+            if params.several or members == 1:
+                taken = _top(db, table, members, params.k, available, machine)
+            else:
+                taken = _shared_out(table, members, params.k)
+            rows = np.unique(taken.images)
+        if params.rule == "random":
+            rows = np.sort(np.random.default_rng(seed).permutation(len(images))[: len(rows)])
+        if params.rule != "top":
+            taken = _by_first_class(table, rows)
+            available = _available(db, table, 1, len(classes))
+    per_class = _per_class(taken, available, classes)
+    short = {c["class"]: c["taken"] for c in per_class if c["taken"] < params.k} if params.rule == "top" else {}
+    _warn(short, params.k, len(classes))
+    metrics = {
+        "images": len(rows),
+        "pool": len(images),
+        "in_several_classes": int((np.bincount(taken.images) > 1).sum()),
+        "classes_short": len(short),
+        "short": short,
+    }
+    with artifact.writing(out) as tmp:
+        chosen = images.take(rows).table.drop("label")
+        manifest.write(tmp, chosen.append_column("label", pa.nulls(len(rows))), classes)
+        selection = {**params.model_dump(), **metrics, "classes": per_class}
+        (tmp / SELECTION).write_text(json.dumps(selection, indent=1) + "\n")
+    return metrics
+
+
+def _classes(scores: Path, pool: Path, images: int) -> tuple[str, ...]:
+    """The teacher's classes. Raises UserError unless the scores' rows are the images of `pool`."""
+    file = pq.ParquetFile(scores / SCORES)
+    metadata = file.schema_arrow.metadata or {}
+    if metadata.get(b"manifest", b"").decode() != artifact.identity(pool) or file.metadata.num_rows != images:
+        raise UserError(
+            f"{scores} holds the scores of another manifest than {pool}, so its rows are other images. "
+            "Run `dvc repro`, which scores the pool that is there now."
+        )
+    if not images:
+        raise UserError(f"{pool} has no image to select from. Name more sources under `prepare.pool`.")
+    return tuple(json.loads(metadata[b"classes"]))
+
+
+def _members(params: Select, table: Path) -> int:
+    """How many of an image's classes, from its first, it may be taken by."""
+    stored = sum(name.startswith("class_") for name in pq.read_schema(table).names)
+    if params.membership == "top_p" and params.p > stored:
+        raise UserError(
+            f"`select`: `p` is {params.p}, but {table.parent} holds the first {stored} classes of each image only. "
+            f"Lower `p` to {stored}, or let `score` store more."
+        )
+    return {"argmax": 1, "top_p": params.p, "any": stored}[params.membership]
+
+
+@contextlib.contextmanager
+def _database(temp: Path, machine: Machine) -> Iterator[duckdb.DuckDBPyConnection]:
+    settings: dict[str, str | bool | int | float | list[str]] = {
+        "threads": machine.cores(machine.threads),
+        "memory_limit": f"{machine.memory_gb * 1000:.0f}MB",
+        "temp_directory": str(temp),
+        "preserve_insertion_order": False,
+        "autoinstall_known_extensions": False,
+    }
+    try:
+        with duckdb.connect(config=settings) as db:
+            yield db
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(
+            f"the selection does not fit into `machine.memory_gb` = {machine.memory_gb:g}. Raise it, or lower `k`. ({error})"
+        ) from None
+
+
+def _available(db: duckdb.DuckDBPyConnection, table: Path, members: int, classes: int) -> np.ndarray:
+    """(C,) int64, the images that belong to each class. Raises UserError for scores that cannot be ranked."""
+    stored = ", ".join(f"class_{j}" for j in range(members))
+    counts = db.execute(
+        f"SELECT class, count(*) FROM (SELECT unnest([{stored}]) AS class FROM read_parquet(?)) GROUP BY class",
+        [str(table)],
+    ).fetchall()
+    logits = " + ".join(f"logit_{j}" for j in range(members))
+    [(broken,)] = db.execute(
+        f"SELECT count_if(NOT isfinite(logsumexp - ({logits}))) FROM read_parquet(?)", [str(table)]
+    ).fetchall()
+    if broken:
+        raise UserError(
+            f"{table}: the logits of {broken:,} images are NaN or infinite. Their teacher is broken: look at its training."
+        )
+    available = np.zeros(classes, np.int64)
+    for c, images in counts:
+        available[c] = images
+    return available
+
+
+def _top(db: duckdb.DuckDBPyConnection, table: Path, members: int, k: int, available: np.ndarray, machine: Machine) -> Taken:
+    """The `k` images of highest log p of each class, ties by row; all of a class that has fewer."""
+    # One integer ranks a pair within its class: the bits of a float32 that is not negative sort as the number does, and
+    # below them stands the row. (A log p above 0 is rounding noise.) Each thread allocates a heap for each class at its
+    # full size, so no heap is larger than its class, and no more threads run than fit into half of the memory.
+    heaps = np.minimum(available, k)
+    threads = max(1, int(machine.memory_gb * 1e9 / 2) // (8 * int(heaps.sum())))
+    db.execute(f"SET threads = {min(threads, machine.cores(machine.threads))}")
+    db.execute("SET VARIABLE heaps = ?", [heaps.tolist()])
+    classes = ", ".join(f"class_{j}" for j in range(members))
+    surprisals = ", ".join(f"greatest(logsumexp - logit_{j}, 0::FLOAT)" for j in range(members))
+    best = db.sql(
+        f"""
+        SELECT class, min((surprisal::BIT::INTEGER::BIGINT << 32) | image, getvariable('heaps')[class + 1]) AS keys
+        FROM (
+            SELECT unnest([{classes}]) AS class, unnest([{surprisals}]) AS surprisal, file_row_number AS image
+            FROM read_parquet(?, file_row_number => true)
+        )
+        GROUP BY class
+        """,
+        params=[str(table)],
+    ).to_arrow_table()
+    keys = best["keys"].combine_chunks()
+    takers = np.repeat(best["class"].to_numpy().astype(np.int64), keys.value_lengths().to_numpy())
+    key = keys.flatten().to_numpy()
+    return Taken(key & 0xFFFFFFFF, takers, (key >> 32).astype(np.int32).view(np.float32))
+
+
+def _shared_out(table: Path, members: int, k: int) -> Taken:
+    """The same with each image taken at most once, in the order that `Select` states.
+
+    Found without sorting all pairs, as a stable matching (Gale and Shapley 1962): each image asks its first class; a
+    class keeps the best k that ever asked; whom it turns down asks the next class. Both sides rank by the same log p,
+    so there is one stable matching, and it is that of the greedy order. Holds all pairs in memory, 6 bytes each.
+    """
+    of = _matrix(table, [f"class_{j}" for j in range(members)])  # N, P
+    logits = _matrix(table, [f"logit_{j}" for j in range(members)])
+    surprisal = np.maximum(_matrix(table, ["logsumexp"]) - logits, np.float32(0))
+    asks = np.zeros(len(of), np.uint16)  # the position of the class that the image asks, or is held by
+    held, asking = np.empty(0, np.int64), np.arange(len(of))
+    while asking.size:
+        contested = np.isin(of[held, asks[held]], of[asking, asks[asking]])
+        rivals = np.concatenate([held[contested], asking])
+        rivals = rivals[np.lexsort((rivals, surprisal[rivals, asks[rivals]], of[rivals, asks[rivals]]))]
+        wanted = of[rivals, asks[rivals]]
+        wins = np.arange(len(rivals)) - np.searchsorted(wanted, wanted) < k
+        held = np.concatenate([held[~contested], rivals[wins]])
+        turned_down = rivals[~wins]
+        asks[turned_down] += 1
+        asking = turned_down[asks[turned_down] < members]
+    return Taken(held, of[held, asks[held]].astype(np.int64), surprisal[held, asks[held]])
+
+
+def _by_first_class(table: Path, rows: np.ndarray) -> Taken:
+    first = _matrix(table, ["class_0"])[rows, 0].astype(np.int64)
+    return Taken(rows, first, np.full(len(rows), -1, np.float32))
+
+
+def _matrix(table: Path, columns: list[str]) -> np.ndarray:
+    """(N, len(columns))"""
+    stored = pq.read_table(table, columns=columns)
+    return np.stack([stored[name].to_numpy() for name in columns], axis=1)
+
+
+def _per_class(taken: Taken, available: np.ndarray, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    counts = np.bincount(taken.classes, minlength=len(classes))
+    last = np.full(len(classes), -1, np.float32)
+    np.maximum.at(last, taken.classes, taken.surprisals)
+    return [
+        {
+            "class": name,
+            "taken": int(counts[c]),
+            "available": int(available[c]),
+            "cut_off": 0.0 - float(last[c]) if last[c] >= 0 else None,
+        }
+        for c, name in enumerate(classes)
+    ]
+
+
+def _warn(short: dict[str, int], k: int, classes: int) -> None:
+    if short:
+        rarest = sorted(short.items(), key=lambda item: item[1])[:NAMED]
+        named = ", ".join(f"{name} {count:,}" for name, count in rarest) + (", ..." if len(short) > NAMED else "")
+        sys.stderr.write(f"select: {len(short):,} of {classes:,} classes have fewer than k = {k:,} images: {named}\n")
+
+
+if __name__ == "__main__":
+    stage.main(run)
