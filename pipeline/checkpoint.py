@@ -63,7 +63,7 @@ def read_foreign(file: Path) -> dict[str, torch.Tensor]:
     removed. Raises CheckpointError where loading would have to run code from the file, or where no tensors are found.
     """
     if not file.is_file():
-        raise CheckpointError(f"{file} is not there; `checkpoint` must name a file (or `timm:<name>`, `torchvision:<name>`).")
+        raise CheckpointError(f"{file} is not there: `init` must name a checkpoint file or a model directory under data/.")
     if file.suffix == ".safetensors":
         return safetensors.torch.load_file(file)
     try:

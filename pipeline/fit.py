@@ -157,7 +157,8 @@ class _Done:
         if len(bad):
             step = self.step - len(self.losses) + int(bad[0])
             raise TrainingError(
-                f"the loss is {float(losses[bad[0]])} at step {step + 1} of {training.steps}, learning rate {training.rate(step):.3g}. "
+                f"the loss is {float(losses[bad[0]])} at step {step + 1} of {training.steps} "
+                f"(learning rate {training.rate(step):.3g}). "
                 "Lower `training.lr`, lengthen `training.warmup` or set `training.clip`. "
                 f"The last good state, of step {self.saved}, is kept."
             )

@@ -15,25 +15,26 @@ SCRATCH = "scratch"
 
 
 class Network(Section):
-    """An architecture of `models.create` with its options, its input, and the weights it starts from.
+    """An architecture of `models.create` with its options, its input, and whose weights it starts from.
 
-    `checkpoint`: a file (safetensors, or a .pth/.th that holds only tensors), `timm` or `torchvision` (the published weights of
-    `arch`); null: random weights. `checkpoint_classes`: the checkpoint's class names in its order, or `train` if they are the
-    training set's in alphabetical order; null replaces its classifier layer by a new one.
+    `pretrained`: the weights that timm or torchvision publish for `arch`. `source_classes`: what the classifier of such
+    weights, or of a checkpoint file given as `init`, tells apart: the class names in its order, or `train` for the training
+    set's in alphabetical order; null leaves that classifier behind and starts a new one.
     """
 
     arch: str
     input: images.Input
     options: dict[str, Any] = Field(default_factory=dict)
-    checkpoint: str | None = None
-    checkpoint_classes: Literal["train"] | tuple[str, ...] | None = None
+    pretrained: Literal["timm", "torchvision"] | None = None
+    source_classes: Literal["train"] | tuple[str, ...] | None = None
 
 
 def start(network: Network | None, init: Path, classes: tuple[str, ...], seed: int) -> tuple[nn.Module, Description]:
-    """The network at the start of training: that of the model directory `init`, or, where `init` is data/scratch, `network`'s.
+    """The network at the start of training, with a classifier in the order of `classes`.
 
-    The classifier has the order of `classes`. From a model of other classes everything but the classifier layer is taken over.
-    Raises CheckpointError, ModelError or ArtifactError.
+    `init` is a model directory, which brings its own architecture; a checkpoint file for `network` (safetensors, or a .pth/.th
+    that holds only tensors); or data/scratch. A classifier of other classes is left behind. Raises CheckpointError, ModelError
+    or ArtifactError.
     """
     torch.manual_seed(seed)
     if init.is_dir():
@@ -45,10 +46,14 @@ def start(network: Network | None, init: Path, classes: tuple[str, ...], seed: i
         _take_over(model, checkpoint.weights(init), str(init), order, classes)
         return model, Description(found.arch, classes, found.input, found.options)
     if network is None:
-        raise CheckpointError("`model` is required where `init` is scratch.")
-    return _create(network, classes), Description(
-        network.arch, classes, network.input.model_dump(mode="json"), dict(network.options)
-    )
+        raise CheckpointError(f"`model` is required where `init` is not a model directory but {init}.")
+    model = models.create(network.arch, len(classes), network.options)
+    foreign = _foreign(network, init, classes)
+    if foreign is not None:
+        _take_over(
+            model, foreign, str(init) if init.name != SCRATCH else str(network.pretrained), _order(network, classes), classes
+        )
+    return model, Description(network.arch, classes, network.input.model_dump(mode="json"), dict(network.options))
 
 
 def load(folder: Path, classes: tuple[str, ...]) -> tuple[nn.Module, Description, images.Input]:
@@ -64,34 +69,34 @@ def load(folder: Path, classes: tuple[str, ...]) -> tuple[nn.Module, Description
     return model, found, images.Input.model_validate(found.input)
 
 
-def _create(network: Network, classes: tuple[str, ...]) -> nn.Module:
-    if network.checkpoint is None:
-        return models.create(network.arch, len(classes), network.options)
-    if network.checkpoint_classes == "train":
-        order: tuple[str, ...] | None = classes
-    else:
-        order = network.checkpoint_classes
-        if order is not None and set(order) != set(classes):
-            raise CheckpointError(
-                f"`checkpoint_classes` are {_some(order)}, the training images' {_some(classes)}. "
-                "Leave them out to put a new classifier layer on the checkpoint."
-            )
-    if network.checkpoint == "timm":
-        source = models.create(network.arch, len(order) if order else len(classes), network.options, pretrained=True)
-        state = source.state_dict()
-    elif network.checkpoint == "torchvision":
-        state = models.torchvision_weights(network.arch)
-    else:
-        state = checkpoint.read_foreign(Path(network.checkpoint))
-    model = models.create(network.arch, len(classes), network.options)
-    _take_over(model, state, network.checkpoint, order, classes)
-    return model
+def _foreign(network: Network, init: Path, classes: tuple[str, ...]) -> dict[str, Tensor] | None:
+    """The weights to start from that winnow has not written itself."""
+    if init.name != SCRATCH:
+        if network.pretrained is not None:
+            raise CheckpointError(f"`pretrained` and `init` ({init}) both name weights to start from: leave one out.")
+        return checkpoint.read_foreign(init)
+    if network.pretrained == "timm":
+        count = len(_order(network, classes) or classes)
+        return models.create(network.arch, count, network.options, pretrained=True).state_dict()
+    return models.torchvision_weights(network.arch) if network.pretrained else None
+
+
+def _order(network: Network, classes: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The class names of the foreign classifier in its order; None where it is left behind."""
+    if network.source_classes == "train":
+        return tuple(sorted(classes))
+    if network.source_classes is not None and set(network.source_classes) != set(classes):
+        raise CheckpointError(
+            f"`source_classes` are {_some(network.source_classes)}, the training images' {_some(classes)}. "
+            "Leave them out to put a new classifier on these weights."
+        )
+    return network.source_classes
 
 
 def _take_over(
     model: nn.Module, state: dict[str, Tensor], source: str, order: tuple[str, ...] | None, classes: tuple[str, ...]
 ) -> None:
-    """Fill `model` from `state`, whose classifier has the rows `order` (None: it is left behind), put into the order of `classes`."""
+    """Fill `model` from `state`, whose classifier has the rows `order` (None: left behind), brought to the order of `classes`."""
     head = models.head_prefix(model)
     if order is None:
         checkpoint.fill(model, state, source, skip=(head,))

@@ -71,6 +71,7 @@ def folded(model: nn.Module) -> nn.Module:
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
     traced.recompile()
+    traced.delete_all_unused_submodules()
     return traced
 
 

@@ -1,0 +1,117 @@
+"""Repeat a recipe with several seeds and print the mean and the spread of each row.
+
+    python -m benchmarks.seeds recipes/cifar10.yaml --seeds 0 1 2 --jobs 2 --out docs/cifar10-seeds.md
+
+Each seed runs in a folder of its own under .scratch/seeds/, with this repository's files and DVC cache: what does not depend on the
+seed (prepare, dedup) runs once. A repeated command goes on where the last one stopped.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+UNSEEDED = ("prepare", "dedup")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time, sharing the cores")
+    parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
+    args = parser.parse_args()
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+    folders = [workspace(args.recipe, seed, threads) for seed in args.seeds]
+    start = time.monotonic()
+    shared = [name for name in UNSEEDED if name in yaml.safe_load(args.recipe.read_text())]
+    reproduce(folders[0], *shared)
+    with ThreadPoolExecutor(args.jobs) as jobs:
+        list(jobs.map(reproduce, folders))
+    text = f"Seeds {', '.join(map(str, args.seeds))}; {machine()}; {time.monotonic() - start:,.0f} s in all.\n\n{table(folders)}"
+    print(text)
+    if args.out:
+        command = f"python -m benchmarks.seeds {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
+        args.out.write_text(f"`{command}`\n\n{text}")
+
+
+def workspace(recipe: Path, seed: int, threads: int) -> Path:
+    """A copy of the repository's tracked files with the recipe as its params, and DVC's cache shared."""
+    folder = ROOT / ".scratch" / "seeds" / f"{recipe.stem}-{seed}"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    raw = folder / "data" / "raw"
+    if (ROOT / "data" / "raw").exists() and not raw.is_symlink():
+        raw.symlink_to((ROOT / "data" / "raw").resolve())
+    params = yaml.safe_load(recipe.read_text())
+    params["seed"] = seed
+    params["machine"] = {**(params.get("machine") or {}), "threads": threads, "workers": threads}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    local = f'[core]\n    no_scm = true\n[cache]\n    dir = "{ROOT / ".dvc" / "cache"}"\n'
+    (folder / ".dvc" / "config.local").write_text(local)
+    return folder
+
+
+def reproduce(folder: Path, *stages: str) -> None:
+    """`dvc repro` in the workspace, its output to `log.txt` there."""
+    print(f"{folder.name}: dvc repro {' '.join(stages)}; see {folder.relative_to(ROOT)}/log.txt", file=sys.stderr, flush=True)
+    with (folder / "log.txt").open("a") as log:
+        command = ["dvc", "--wait-for-lock", "repro", *stages]
+        environment = {**os.environ, "WINNOW_TRACKING": "off"}
+        status = subprocess.run(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    if status:
+        sys.exit(f"{folder.name}: dvc repro failed:\n{''.join((folder / 'log.txt').read_text().splitlines(True)[-15:])}")
+
+
+def table(folders: list[Path]) -> str:
+    """Markdown: a row per entry of `evaluate`, accuracies in percent as mean ± sample standard deviation over the workspaces."""
+    found = [evaluations(folder) for folder in folders]
+    lines = [
+        "| entry | val top-1 % | each seed | over baseline | holdout top-1 % | labels | unlabelled | steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry, first in found[0].items():
+        val = [100 * f[entry]["val"]["top1"] for f in found]
+        held = [100 * f[entry]["holdout"]["top1"] for f in found]
+        gains = [v - 100 * f["baseline"]["val"]["top1"] for v, f in zip(val, found, strict=True)]
+        training = first["training"]
+        lines.append(
+            f"| {entry} | {spread(val)} | {' / '.join(f'{v:.1f}' for v in val)} | {spread(gains)} | {spread(held)} "
+            f"| {training['labelled']:,} | {training['unlabelled']:,} | {training['steps']:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+    entries = yaml.safe_load((folder / "params.yaml").read_text())["evaluate"]
+    return {e: json.loads((folder / "data" / "evaluate" / e / "evaluation.json").read_text()) for e in entries}
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def machine() -> str:
+    """The processor's name and the number of usable cores."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{len(os.sched_getaffinity(0))} cores of a shared {name}"
+
+
+if __name__ == "__main__":
+    main()

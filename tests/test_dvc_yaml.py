@@ -1,0 +1,85 @@
+"""dvc.yaml says what the code does: its deps are the import graph, its arguments are `run`'s, its params are read."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import grimp
+import pytest
+import yaml
+
+from pipeline import params
+from pipeline.stage import INERT, is_out
+
+ROOT = Path(__file__).parent.parent
+DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+STAGES = {name: body.get("do", body) for name, body in DVC.items()}
+GRAPH = grimp.build_graph("pipeline", cache_dir=None)
+
+
+def imported(stage: str) -> set[str]:
+    """The files of all pipeline modules that a stage imports, directly or not, but for those that cannot change a result."""
+    found: set[str] = set()
+    waiting = [f"pipeline.stages.{stage}"]
+    while waiting:
+        module = waiting.pop()
+        if module in found or module in INERT:
+            continue
+        found.add(module)
+        waiting += GRAPH.find_modules_directly_imported_by(module)
+    return {f"{m.replace('.', '/')}.py" for m in found if m not in ("pipeline", "pipeline.stages")}
+
+
+def test_every_stage_has_its_module_and_every_module_its_stage() -> None:
+    assert set(STAGES) == set(params.STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deps_name_the_modules_that_the_stage_imports(stage: str) -> None:
+    listed = {dep for dep in STAGES[stage]["deps"] if dep.startswith("pipeline/") and dep.endswith(".py")}
+    assert listed == imported(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_command_gives_run_its_paths_and_dvc_knows_each(stage: str) -> None:
+    command = STAGES[stage]["cmd"]
+    run = importlib.import_module(f"pipeline.stages.{stage}").run
+    hints = get_type_hints(run)
+    wanted = {n for n in inspect.signature(run).parameters if hints[n] is Path and n != "scratch"}
+    given = {name.replace("-", "_"): path.strip('"') for name, path in re.findall(r"--([a-z-]+) (\S+)", command)}
+    assert set(given) == wanted
+    assert re.match(rf"python -m pipeline\.stages\.{stage} ", command)
+    for name, path in given.items():
+        assert path in STAGES[stage]["outs" if is_out(name) else "deps"], name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_params_are_the_stages_own_section_and_the_seed_where_it_is_read(stage: str) -> None:
+    run = importlib.import_module(f"pipeline.stages.{stage}").run
+    hints = get_type_hints(run)
+    own = f"{stage}.${{key}}" if "foreach" in DVC[stage] else stage
+    expected = [own] + (["seed"] if "seed" in hints else []) + (["evaluate"] if "entries" in hints else [])
+    assert STAGES[stage]["params"] == expected
+
+
+def test_no_stage_reads_the_truth_of_the_built_in_data() -> None:
+    readers = [dep for body in STAGES.values() for dep in body["deps"] if "truth" in dep]
+    assert readers == []
+    sources = {p.name: p.read_text() for p in (ROOT / "pipeline").rglob("*.py") if p.name != "draw.py"}
+    assert [name for name, text in sources.items() if re.search(r"scenes-truth|truth\.parquet", text)] == []
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_are_valid_params(recipe: Path) -> None:
+    tree: dict[str, Any] = params.read(recipe)
+    for stage in STAGES:
+        section = get_type_hints(importlib.import_module(f"pipeline.stages.{stage}").run)["params"]
+        entries = [(stage, entry) for entry in tree[stage]] if "foreach" in DVC[stage] else [(stage,)]
+        for keys in entries:
+            params.load(recipe, section, keys)
+
+
+def test_the_demo_recipe_is_what_a_clone_starts_with() -> None:
+    assert (ROOT / "params.yaml").read_text() == (ROOT / "recipes" / "demo.yaml").read_text()

@@ -1,0 +1,127 @@
+"""The training loop: resumed runs end with the same bits, bad losses stop it, the schedule is what it says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import fit, images, models
+from pipeline.device import Device
+
+CPU = Device(torch.device("cpu"), torch.float32)
+INPUT = images.Input(size=8)
+
+
+class Silent:
+    def log(self, step: int | None = None, **values: float) -> None:
+        pass
+
+
+class Killed(Exception):
+    pass
+
+
+def train(
+    scratch: Path, training: fit.Training, die_at: int | None = None, spoil: Callable[[int, Tensor], Tensor] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(models.create("resnet8", 3, {"width": 4}), nn.Dropout(0.2), nn.Linear(3, 3))
+    pixels = images.InMemory(np.random.default_rng(0).integers(0, 256, (50, 10, 10, 3), dtype=np.uint8))
+    labels = torch.from_numpy(np.random.default_rng(1).integers(0, 3, 50))
+    steps = iter(range(10**6))
+
+    def loss(views: Tensor, rows: np.ndarray) -> Tensor:
+        step = next(steps)
+        if step == die_at:
+            raise Killed
+        value = F.cross_entropy(model(images.normalise(views, INPUT)), labels[rows])
+        return spoil(step, value) if spoil else value
+
+    return fit.fit(
+        model,
+        loss,
+        pixels,
+        8,
+        images.View(kind="shift", pad=2, brightness=0.2),
+        training,
+        seed=3,
+        device=CPU,
+        scratch=scratch,
+        journal=Silent(),
+        label="test",
+        check=lambda m: {"top1": float(next(m.parameters()).detach().sum())},
+        checkpoint_minutes=1e-9,  # after every step
+    )
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        fit.Training(steps=23, batch=16, lr=0.05, clip=1.0),
+        fit.Training(steps=23, batch=16, optimizer="adamw", lr=0.01, ema=0.9),
+        fit.Training(steps=23, batch=16, momentum=0.0),
+    ],
+    ids=["sgd", "adamw-ema", "plain-sgd"],
+)
+@pytest.mark.parametrize("die_at", [1, 13, 22])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, training: fit.Training, die_at: int) -> None:
+    whole, history = train(tmp_path / "whole", training)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", training, die_at=die_at)
+    resumed, resumed_history = train(tmp_path / "killed", training)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert resumed_history == history
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    training = fit.Training(steps=10, batch=16)
+    with pytest.raises(Killed):
+        train(tmp_path, training, die_at=5)
+    state = tmp_path / "checkpoint" / "state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[-5] ^= 1
+    state.write_bytes(data)
+    with pytest.raises(Exception, match="altered"):
+        train(tmp_path, training)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    training = fit.Training(steps=40, batch=16)
+    with pytest.raises(fit.TrainingError, match=r"nan at step 8 of 40.*step 7, is kept"):
+        train(tmp_path, training, spoil=lambda step, value: value * float("nan") if step == 7 else value)
+    resumed, _ = train(tmp_path, training)
+    assert all(torch.isfinite(p).all() for p in resumed.parameters())
+
+
+def test_the_schedule_warms_up_and_falls_to_zero() -> None:
+    training = fit.Training(steps=100, lr=1.0, warmup=0.1)
+    rates = [training.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[99] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_every_epoch_sees_every_image_once_in_another_order() -> None:
+    order = fit.Order(50, 16, seed=0)
+    seen = np.concatenate([order.rows(step) for step in range(25)])  # 400 draws: 8 epochs
+    epochs = seen.reshape(8, 50)
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+    assert np.array_equal(fit.Order(50, 16, seed=0).rows(20), seen[320:336])
+
+
+def test_norms_and_biases_do_not_decay(tmp_path: Path) -> None:
+    model = models.create("resnet8", 3, {"width": 4})
+    decayed, free = fit._optimizer(model, fit.Training(steps=1, weight_decay=0.1)).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert free["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))

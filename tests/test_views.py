@@ -1,0 +1,100 @@
+"""The batched views against torchvision and against what their names promise."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tv
+
+from pipeline import images
+
+
+def batch(n: int = 6, side: int = 12) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 3, side, side), dtype=np.uint8))
+
+
+def draw(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_shift_is_a_crop_of_the_reflected_image_and_its_mirror() -> None:
+    pictures = batch(64)
+    views = images.augment(pictures, 12, images.View(kind="shift", pad=3), draw())
+    padded = tv.pad(pictures, [3, 3, 3, 3], padding_mode="reflect")
+    found, mirrored = set(), 0
+    for picture, view in zip(padded, views, strict=True):
+        hits = [
+            (y, x, flip)
+            for y in range(7)
+            for x in range(7)
+            for flip in (False, True)
+            if torch.equal(tv.horizontal_flip(view) if flip else view, picture[:, y : y + 12, x : x + 12])
+        ]
+        assert len(hits) == 1
+        found.add(hits[0][:2])
+        mirrored += hits[0][2]
+    assert len(found) > 25
+    assert 16 < mirrored < 48
+
+
+def test_without_augmentation_the_view_is_the_centre() -> None:
+    pictures = batch(side=16)
+    views = images.augment(pictures, 12, images.View(kind="none", flip=False), draw())
+    assert torch.equal(views, pictures[:, :, 2:14, 2:14])
+    assert torch.equal(views, images.centre(pictures, 12))
+
+
+def test_crop_of_the_whole_area_is_the_image() -> None:
+    pictures = batch()
+    views = images.augment(pictures, 12, images.View(kind="crop", scale=(1, 1), flip=False), draw())
+    assert torch.allclose(views, pictures.float(), atol=0.01)
+
+
+def test_crop_magnifies_within_the_image() -> None:
+    ramp = torch.linspace(0, 255, 32).expand(1, 3, 32, 32).to(torch.uint8).repeat(200, 1, 1, 1)
+    views = images.augment(ramp, 32, images.View(kind="crop", scale=(0.25, 0.25), flip=False), draw())
+    widths = (views[:, 0, 0, -1] - views[:, 0, 0, 0]) / 255
+    assert widths.mean() == pytest.approx(0.5, abs=0.04)
+    centres = views[:, 0].mean((1, 2))
+    assert centres.min() < 80
+    assert centres.max() > 175
+
+
+def test_colour_factors_follow_torchvision() -> None:
+    picture = batch(1).float()
+    grey = tv.rgb_to_grayscale(picture)
+    for name, expected in (
+        ("brightness", lambda f: picture * f),
+        ("saturation", lambda f: grey + f * (picture - grey)),
+        ("contrast", lambda f: grey.mean() + f * (picture - grey.mean())),
+    ):
+        view = images.View(kind="none", flip=False, **{name: 0.5})
+        got = images.augment(picture, 12, view, draw(1))
+        errors = [(got - expected(f).clamp(0, 255)).abs().max() for f in torch.linspace(0.5, 1.5, 2001)]
+        assert min(errors) < 0.6, name
+
+
+def test_the_same_generator_state_gives_the_same_view() -> None:
+    view = images.View(kind="crop", brightness=0.3)
+    assert torch.equal(images.augment(batch(), 12, view, draw(5)), images.augment(batch(), 12, view, draw(5)))
+    assert not torch.equal(images.augment(batch(), 12, view, draw(5)), images.augment(batch(), 12, view, draw(6)))
+
+
+def test_normalise_equals_torchvision() -> None:
+    given = images.Input(size=12)
+    expected = tv.normalize(batch().float() / 255, list(given.mean), list(given.std))
+    assert torch.allclose(images.normalise(batch(), given), expected, atol=1e-5)
+
+
+def test_normalise_resizes_to_the_model() -> None:
+    assert images.normalise(batch(side=16), images.Input(size=8)).shape == (6, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (10, 100), (32, 32)])
+def test_canvas_is_the_centre_at_the_short_side(height: int, width: int) -> None:
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[height // 2 - 2 : height // 2 + 2, width // 2 - 2 : width // 2 + 2] = 255
+    square = images.canvas(picture, 32)
+    assert square.shape == (32, 32, 3)
+    y, x = np.nonzero(square[:, :, 0] > 128)
+    assert y.mean() == pytest.approx(15.5, abs=1)
+    assert x.mean() == pytest.approx(15.5, abs=1)
