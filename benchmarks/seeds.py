@@ -2,8 +2,8 @@
 
     python -m benchmarks.seeds recipes/cifar10.yaml --seeds 0 1 2 --jobs 2 --out docs/cifar10-seeds.md
 
-Each seed runs in a folder of its own under .scratch/seeds/, with this repository's files and DVC cache: what does not depend on the
-seed (prepare, dedup) runs once. A repeated command goes on where the last one stopped.
+Each seed runs in a folder of its own under .scratch/seeds/, with this repository's files and DVC cache: what does not depend
+on the seed (prepare, dedup) runs once. A repeated command goes on where the last one stopped.
 """
 
 import argparse

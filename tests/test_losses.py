@@ -40,7 +40,7 @@ def test_equals_the_formula(name: str, temperature: float) -> None:
 
 
 def test_symmetric_kl_is_not_jensen_shannon() -> None:
-    """At 1000 random classes the one is about 3.9, the other cannot pass log 2: PaddleClas calls the first by the second's name."""
+    """At 1000 random classes the one is about 3.9, the other cannot pass log 2. SSLD's code calls the first one JS."""
     random = torch.Generator().manual_seed(0)
     student, teacher = 2 * torch.randn(2, 256, 1000, generator=random)
     assert 3.7 < SoftLoss(name="sym_kl")(student, teacher).item() < 4.1

@@ -61,9 +61,9 @@ def test_folding_batch_normalisation_changes_no_output(arch: str, options: dict[
     model = models.create(arch, 10, options)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.running_mean, -1, 1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 2)
-            torch.nn.init.uniform_(module.weight, 0.5, 2)
+            for tensor, low, high in ((module.running_mean, -1, 1), (module.running_var, 0.5, 2), (module.weight, 0.5, 2)):
+                assert tensor is not None
+                torch.nn.init.uniform_(tensor, low, high)
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         before = model.eval()(x)

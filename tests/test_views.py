@@ -67,7 +67,7 @@ def test_colour_factors_follow_torchvision() -> None:
         ("saturation", lambda f: grey + f * (picture - grey)),
         ("contrast", lambda f: grey.mean() + f * (picture - grey.mean())),
     ):
-        view = images.View(kind="none", flip=False, **{name: 0.5})
+        view = images.View.model_validate({"kind": "none", "flip": False, name: 0.5})
         got = images.augment(picture, 12, view, draw(1))
         errors = [(got - expected(f).clamp(0, 255)).abs().max() for f in torch.linspace(0.5, 1.5, 2001)]
         assert min(errors) < 0.6, name
