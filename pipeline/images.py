@@ -90,28 +90,33 @@ def _header(data: bytes, max_pixels: int) -> _Header:
 
 def _jpeg_header(data: bytes) -> _Header:
     height, width, mode, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    return _Header(width, height, mode, _exif_orientation(data), None)
+    exif = next((data[start:end] for marker, start, end in _segments(data) if data[start : start + 6] == b"Exif\0\0"), b"")
+    return _Header(width, height, mode, _exif_orientation(exif), None)
 
 
-def _exif_orientation(jpeg: bytes) -> int:
-    """Walk the segments in front of the pixels; asking Pillow would take longer than decoding a small image."""
+def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of each APP segment; asking Pillow for them would take longer than decoding a small image."""
     at = 2
-    while jpeg[at : at + 1] == b"\xff" and at + 4 <= len(jpeg):
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
         marker = jpeg[at + 1]
         if marker == 0xFF:  # padding
             at += 1
             continue
-        if marker == 0xDA:  # start of scan
-            break
-        length = int.from_bytes(jpeg[at + 2 : at + 4], "big")
-        if marker == 0xE1 and jpeg[at + 4 : at + 10] == b"Exif\0\0":
-            exif = Image.Exif()
-            try:
-                exif.load(jpeg[at + 4 : at + 2 + length])
-                return exif.get(ORIENTATION, 1)
-            except Exception:  # damaged metadata: the pixels are whole, and stand as they are stored
-                return 1
-        at += 2 + length
+        if marker == 0xDA:  # start of scan: only pixels follow
+            return
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if 0xE0 <= marker <= 0xEF:
+            yield marker, at + 4, end
+        at = end
+
+
+def _exif_orientation(exif: bytes) -> int:
+    if not exif:
+        return 1
+    tags = Image.Exif()
+    with contextlib.suppress(Exception):  # damaged metadata: the pixels are whole, and stand as they are stored
+        tags.load(exif)
+        return tags.get(ORIENTATION, 1)
     return 1
 
 
@@ -126,10 +131,21 @@ def _other_header(data: bytes) -> _Header:
 
 def _jpeg(data: bytes, mode: str) -> np.ndarray:
     """simplejpeg refuses what others, with garbage for pixels, only warn of: a stream that is damaged in the middle."""
+    data = _without_metadata(data)
     if mode not in ("CMYK", "YCCK"):
         return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     inks = 255 - simplejpeg.decode_jpeg(data, colorspace="CMYK", strict=True)  # stored inverted, by Adobe's custom
     return np.asarray(Image.fromarray(inks, "CMYK").convert("RGB"))
+
+
+def _without_metadata(jpeg: bytes) -> bytes:
+    """Leave out what says nothing of the pixels: a damaged colour profile, say, is no reason to refuse them."""
+    kept, at = [], 0
+    for marker, start, end in _segments(jpeg):
+        if marker not in (0xE0, 0xEE):  # JFIF and Adobe name the colour space
+            kept.append(jpeg[at : start - 4])
+            at = end
+    return b"".join([*kept, jpeg[at:]]) if kept else jpeg
 
 
 def _other(image: Image.Image, data: bytes) -> np.ndarray:
