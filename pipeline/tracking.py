@@ -81,7 +81,9 @@ class Waiting:
         self.record: dict[str, Any] = self.begin["record"]
         self._state_file = path.with_suffix(".state")
         self.known = self._state_file.exists()
-        self.state = State(**json.loads(self._state_file.read_text())) if self.known else self._unsent(self.begin["uri"])
+        self.state = self._unsent(self.begin["uri"])
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # none yet, or damaged when the machine went down
+            self.state = State(**json.loads(self._state_file.read_text()))
         self._read_to = self.state.offset
         self.unsent: list[dict[str, Any]] = []
         self.strikes = 0
@@ -129,7 +131,7 @@ class Waiting:
     def restart(self, uri: str) -> None:
         """Send it from the start: to another store, or to a database that has lost its run."""
         self.state = dataclasses.replace(self._unsent(uri), dvc_lock=self.state.dvc_lock)
-        self._read_to, self.unsent, self.known = self._start, [], False
+        self._read_to, self.unsent = self._start, []
         self.save()
 
     def sent(self) -> None:
@@ -141,20 +143,13 @@ class Waiting:
         tmp = self._state_file.with_suffix(".state-new")
         tmp.write_text(json.dumps(dataclasses.asdict(self.state)))
         tmp.rename(self._state_file)
+        self.known = True
 
     def remove(self) -> None:
         # The journal last: whatever is left of it after a crash is sent again, and found to be there.
         shutil.rmtree(self.path.with_suffix(".files"), ignore_errors=True)
         self.path.unlink()
         self._state_file.unlink(missing_ok=True)
-
-    def set_aside(self) -> None:
-        refused = self.path.parent / "refused"
-        refused.mkdir(exist_ok=True)
-        self._state_file.unlink(missing_ok=True)
-        for path in (self.path.with_suffix(".files"), self.path):
-            if path.exists():
-                path.rename(refused / path.name)
 
 
 class Store:
@@ -246,6 +241,9 @@ class Mirror:
         useful = time.monotonic()
         # The lock file is gone when someone removed the folder; the next stage starts another mirror.
         while os.fstat(lock.fileno()).st_nlink:
+            if any(store.was_removed() for store in self._stores.values()):
+                _say("the database was removed: starting again")
+                os.execv(sys.executable, mirror_command(self.folder))  # MLflow keeps the old one open as long as it lives
             before = _journal_files(self.folder)
             alive = self.poll()
             left = _journal_files(self.folder)
@@ -253,23 +251,29 @@ class Mirror:
                 useful = time.monotonic()
             if time.monotonic() - useful > (GIVE_UP_SECONDS if left else IDLE_SECONDS):
                 return bool(left)
-            if any(store.was_removed() for store in self._stores.values()):
-                _say("the database was removed: starting again")
-                os.execv(sys.executable, mirror_command(self.folder))  # MLflow keeps the old one open as long as it lives
             time.sleep(POLL_SECONDS)
         return True
 
     def poll(self) -> bool:
         """Send what is new in every journal, the oldest first; whether a stage is still at work."""
-        self._journals = {file: self._journals.get(file) or Waiting(file) for file in _journal_files(self.folder)}
+        self._journals = {file: journal for file in _journal_files(self.folder) if (journal := self._load(file))}
         for journal in self._journals.values():
             journal.read()
         self._obey_flush()
         for journal in self._journals.values():
             store = self._store(journal)
-            if journal.lock_is_settled() and time.monotonic() >= store.resting_until:
+            patient = journal.strikes < STRIKES or not journal.alive
+            if patient and journal.lock_is_settled() and time.monotonic() >= store.resting_until:
                 self._try(journal, store)
         return any(journal.alive for journal in self._journals.values())
+
+    def _load(self, file: Path) -> Waiting | None:
+        try:
+            return self._journals.get(file) or Waiting(file)
+        except (ValueError, KeyError, TypeError) as error:
+            _say(f"{file.name} is damaged and was set aside: {error!r}")
+            _set_aside(file)
+            return None
 
     def _obey_flush(self) -> None:
         """Try again at once what was resting; `flush` may also name another store for everything that has ended."""
@@ -289,6 +293,7 @@ class Mirror:
         """Send; after a failure find out whose fault it is: the server's, the database's, or the journal's."""
         try:
             self._send(journal, store)
+            journal.strikes = 0
         except Exception as error:
             _say(f"{journal.path.name}: {error!r}")
             if not store.healthy():
@@ -296,9 +301,16 @@ class Mirror:
             if journal.state.run_id is not None and not store.has(journal.state.run_id):
                 journal.restart(store.uri)
             journal.strikes += 1
-            if journal.strikes == STRIKES:
-                _say(f"{journal.path.name}: set aside in {self.folder / 'refused'}")
-                journal.set_aside()
+            if journal.strikes >= STRIKES and not journal.alive:
+                self._refuse(journal, store)
+
+    def _refuse(self, journal: Waiting, store: Store) -> None:
+        _say(f"{journal.path.name}: set aside in {self.folder / 'refused'}")
+        _set_aside(journal.path)
+        run_id = journal.state.run_id
+        with contextlib.suppress(Exception):  # a courtesy; what is wrong with this run may also refuse it
+            if store.client.get_run(run_id).info.status == "RUNNING":
+                store.client.set_terminated(run_id, "FAILED", end_time=_ms(journal.state.last_time))
 
     def _store(self, journal: Waiting) -> Store:
         where = journal.state.uri, journal.begin["experiment"]
@@ -334,7 +346,7 @@ class Mirror:
                 tags["winnow.repeat"] = earlier[0].info.run_id
             run_id = store.create(run_name(record), journal.begin["time"], tags)
         store.log(run_id, _params(record), [])
-        journal.state.run_id, journal.known = run_id, True
+        journal.state.run_id = run_id
         journal.save()
 
     def _end(self, journal: Waiting, store: Store, run_id: str, end: dict[str, Any]) -> None:
@@ -346,24 +358,25 @@ class Mirror:
             client.set_tag(run_id, "winnow.error", _text(end["error"], 5000))
         if journal.state.dvc_lock:
             client.set_tag(run_id, "winnow.dvc_lock", journal.state.dvc_lock)
+        files = journal.path.with_suffix(".files")
         if end["status"] == "FINISHED" and record["stage"] == COMPARISON:
-            self._complete(store, run_id, record["lineage"], end)
+            self._complete(store, run_id, record["lineage"], end, files / "runs.json")
         client.set_terminated(run_id, end["status"], end_time=_ms(end["time"]))
         # After the numbers: a server whose artifact store is out of reach shall not keep the run open.
-        files = journal.path.with_suffix(".files")
         if files.is_dir():
             client.log_artifacts(run_id, str(files))
         journal.remove()
         _say(f"{run_name(record)}: {end['status']}, run {run_id}")
 
-    def _complete(self, store: Store, parent: str, lineage: Mapping[str, Any], end: Mapping[str, Any]) -> None:
-        """Give a comparison one child run for every stage it was made from, and all their params and metrics.
+    def _complete(self, store: Store, parent: str, lineage: Mapping[str, Any], end: Mapping[str, Any], table: Path) -> None:
+        """Give a comparison one child run for every stage it was made from, all their params and metrics, and a table of them.
 
         executed: its run since the last comparison becomes the child. unchanged: DVC had nothing to do; the child is a copy
         that names the run it stands for (winnow.source). restored: no run is known, since DVC took the outcome from its cache
         or the database is new; the child is made from the artifact's record and the metrics file.
         """
-        children = {run.data.tags["winnow.key"]: run for run in store.search("mlflow.parentRunId", parent)}
+        children = {run.data.tags.get("winnow.key"): run for run in store.search("mlflow.parentRunId", parent)}
+        names = Counter(run_name(record) for record in lineage.values())
         rows = []
         for key, record in sorted(lineage.items(), key=lambda item: run_name(item[1])):
             metrics = _numbers(end.get("compared", {}).get(key, {}))
@@ -371,6 +384,8 @@ class Mirror:
             if child is None or child.info.status != "FINISHED":
                 child = _child(store, parent, record, metrics, end["time"], unfinished=child)
             name = run_name(record)
+            if names[name] > 1:  # a stage was repeated, but not all that follow it: `dvc repro --single-item`
+                name += f":{key[:8]}"
             store.log(
                 parent,
                 {f"{name}.{k}": v for k, v in _params(record).items()},
@@ -378,7 +393,8 @@ class Mirror:
             )
             link = f"#/experiments/{store.experiment_id}/runs/{child.info.run_id}"
             rows.append([name, child.data.tags["winnow.status"], child.info.run_id, link, key])
-        store.client.log_dict(parent, {"columns": ["stage", "status", "run_id", "link", "key"], "data": rows}, "runs.json")
+        table.parent.mkdir(exist_ok=True)
+        table.write_text(json.dumps({"columns": ["stage", "status", "run_id", "link", "key"], "data": rows}, indent=1))
         counts = Counter(row[1] for row in rows)
         note = ", ".join(f"{counts[status]} {status}" for status in ("executed", "unchanged", "restored"))
         store.client.set_tag(parent, "mlflow.note.content", f"{len(rows)} stages: {note}; runs.json lists them.")
@@ -397,7 +413,8 @@ def _child(store: Store, parent: str, record: Mapping[str, Any], metrics: dict[s
         tags = {**_tags(record, "unchanged"), "winnow.source": source.info.run_id}
     tags["mlflow.parentRunId"] = parent
     run_id = unfinished.info.run_id if unfinished is not None else store.create(run_name(record), start, tags)
-    store.log(run_id, _params(record), [(name, value, end, 0) for name, value in metrics.items()])
+    known = metrics or (source.data.metrics if source else {})
+    store.log(run_id, _params(record), [(name, value, end, 0) for name, value in known.items()])
     client.set_terminated(run_id, "FINISHED", end_time=_ms(end))
     return client.get_run(run_id)
 
@@ -495,7 +512,16 @@ def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _journal_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.jsonl"), key=lambda file: int(file.stem.rpartition("-")[2]))
+    """The journals, the first begun first: their names end with the time."""
+    return sorted(folder.glob("*.jsonl"), key=lambda file: file.stem.rpartition("-")[2])
+
+
+def _set_aside(journal: Path) -> None:
+    refused = journal.parent / "refused"
+    refused.mkdir(exist_ok=True)
+    for path in (journal.with_suffix(".state"), journal.with_suffix(".files"), journal):
+        if path.exists():
+            path.rename(refused / path.name)
 
 
 def _say(message: str) -> None:
@@ -520,7 +546,7 @@ def flush(folder: Path, timeout: float) -> str:
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline:
         start_mirror(folder)
-        time.sleep(min(1.0, timeout))
+        time.sleep(min(0.5, timeout))
         waiting = [file for file in waiting if file.exists()]
     lost = sum((refused / file.name).exists() for file in ended)
     message = f"tracking: {len(ended) - len(waiting) - lost} runs sent, {len(waiting)} waiting; {_where_to_look()}"
