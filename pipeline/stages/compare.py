@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,11 +174,7 @@ def _against(baseline: str, entries: list[Entry]) -> list[Entry]:
                 f"`evaluate.{e.name}` and `evaluate.{baseline}` were measured on different images. Run `dvc repro`, "
                 "which measures both on data/prepare/val."
             )
-    return [e if e is base else _with(e, paired_difference(e.right, base.right)) for e in entries]
-
-
-def _with(entry: Entry, difference: Difference) -> Entry:
-    return Entry(**{**vars(entry), "difference": difference})
+    return [e if e is base else replace(e, difference=paired_difference(e.right, base.right)) for e in entries]
 
 
 def paired_difference(right: np.ndarray, base: np.ndarray) -> Difference:
@@ -434,7 +430,7 @@ def _counts(steps: Sequence[Step]) -> list[tuple[int, str]]:
     counts = [
         (prepared.get("train"), "labelled images to learn from"),
         (prepared.get("pool"), "images in the pool"),
-        *((run.metrics.get("pool"), "left without copies of validation images") for run in selections[:1]),
+        *((run.metrics.get("pool"), "left after dedup") for run in selections[:1]),
         *((run.metrics.get("images"), f"taken by select/{run.name}") for run in selections if run.params["rule"] != "all"),
     ]
     return [(count, label) for count, label in counts if count is not None]
