@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import purity
 from pipeline import artifact, manifest
 from pipeline.errors import UserError
 from pipeline.params import Machine
@@ -18,6 +19,11 @@ from pipeline.stages.select import Select
 
 CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox")
 MEMBERSHIPS = [("argmax", 1), ("top_p", 2), ("any", 4)]
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "sync", lambda path: None)  # these tests end no power cut, and write much
 
 
 class Pool:
@@ -229,6 +235,28 @@ def test_too_little_memory_says_what_to_raise(tmp_path: Path) -> None:
     pool = Pool(tmp_path, 40_000)
     with pytest.raises(UserError, match=r"machine\.memory_gb"):
         pool.run(tmp_path / "out", k=900, membership="any", memory_gb=0.001)
+
+
+def test_purity_counts_the_images_that_select_takes(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, 300)
+    held = np.where(np.arange(300) % 3 == 0, purity.NONE, np.arange(300) % len(CLASSES))
+    rows = purity.purity(pool.scores / select.SCORES, held, CLASSES, [7, 60]).splitlines()[2:]
+    for k, line in zip([7, 60], rows, strict=True):
+        metrics = pool.run(tmp_path / "out", k=k)
+        taken = [pool.ids.index(image) for image in selected(tmp_path / "out")]
+        _, said_k, images, pure, other, none, _, short, _ = (cell.strip() for cell in line.split("|"))
+        assert (int(said_k), int(images), int(short)) == (k, len(taken), metrics["classes_short"])
+        assert float(pure) == pytest.approx(100 * np.mean(pool.classes[taken, 0] == held[taken]), abs=0.05)
+        assert float(none) == pytest.approx(100 * np.mean(held[taken] == purity.NONE), abs=0.05)
+        assert float(pure) + float(other) + float(none) == pytest.approx(100, abs=0.15)
+
+
+def test_hidden_labels_come_from_a_table_or_from_folders(tmp_path: Path) -> None:
+    truth = {"tar": ["a.tar", "a.tar", "b.tar"], "member": ["img/1.jpg", "img/2.jpg", "img/1.jpg"], "label": ["bee", None, "ant"]}
+    pq.write_table(pa.table(truth), tmp_path / "truth.parquet")
+    ids = ["a.tar/img/1.jpg", "a.tar/img/2.jpg", "b.tar/img/1.jpg"]
+    assert list(purity.from_table(tmp_path / "truth.parquet", ids, CLASSES)) == [1, purity.NONE, 0]
+    assert list(purity.from_folders(["t.tar/fox/1.jpg", "t.tar/n01/images/fox.jpg"], CLASSES)) == [5, purity.NONE]
 
 
 def test_it_starts_without_torch() -> None:
