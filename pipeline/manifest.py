@@ -63,6 +63,8 @@ class Manifest:
 def read(folder: Path) -> Manifest:
     """Read and verify a manifest artifact. Raises ArtifactError or ManifestError."""
     artifact.verify(folder)
+    if not (folder / FILE).is_file():
+        raise ManifestError(f"{folder} has no {FILE}: images are expected here (an artifact of prepare, dedup or select).")
     table = pq.read_table(folder / FILE)
     classes = tuple(json.loads((table.schema.metadata or {}).get(b"classes", b"[]")))
     return Manifest(table.cast(SCHEMA), classes)
@@ -77,9 +79,9 @@ def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
     ids = table["id"]
     if len(ids) > 1 and not pc.all(pc.less(ids[:-1], ids[1:])).as_py():
         table = table.sort_by("id")
-        same = pc.equal(table["id"][:-1], table["id"][1:])
-        if pc.any(same).as_py():
-            raise ManifestError(f"the image id {table['id'].filter(pc.fill_null(same, False))[0]} occurs twice.")
+        again = pc.index(pc.equal(table["id"][:-1], table["id"][1:]), True).as_py()
+        if again >= 0:
+            raise ManifestError(f"the image id {table['id'][again]} occurs twice.")
     table = table.set_column(SCHEMA.get_field_index("path"), SCHEMA.field("path"), _in_order_of_use(table["path"]))
     table = table.combine_chunks().replace_schema_metadata({"classes": json.dumps(list(classes))})
     pq.write_table(table, folder / FILE, compression="zstd", row_group_size=1 << 18)
