@@ -60,4 +60,4 @@ def test_seed_must_be_a_whole_number(tmp_path: Path, seed: str) -> None:
 
 def test_sections_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Training(steps=3).steps = 4  # type: ignore[misc]
+        Training(steps=3).steps = 4

@@ -24,7 +24,9 @@ class Distil(Section):
     text: str
     do: str = ""
 
-def run(params: Distil, *, source: Path, out: Path, seed: int, scratch: Path, journal: stage.Journal, machine: Machine) -> stage.Metrics:
+def run(
+    params: Distil, *, source: Path, out: Path, seed: int, scratch: Path, journal: stage.Journal, machine: Machine
+) -> stage.Metrics:
     """Copy a text."""
     (scratch / "resumed").open("a").write("x")
     if params.do == "sleep":
