@@ -36,10 +36,10 @@ class Part(NamedTuple):
     width: float = 0.0
 
 
-TYPICAL = 0.6
+TYPICAL = 0.7
 """Share of the scenes that lie on the ground usual for their category; the others lie on any."""
 
-OCCLUDED = 0.35
+OCCLUDED = 0.25
 """Share of the scenes with something between the camera and the object."""
 
 Parts = list[Part]
@@ -490,7 +490,7 @@ def _scatter(rng: Rng, count: int, lengths: tuple[float, float], breadths: tuple
 def _litter(rng: Rng) -> Parts:
     """A few things larger than the ground's grain and smaller than the object: sticks, lumps and slabs."""
     parts = []
-    for x, y, length, breadth, angle, paint in _scatter(rng, int(rng.integers(0, 6)), (0.15, 0.45), (0.05, 0.25)):
+    for x, y, length, breadth, angle, paint in _scatter(rng, int(rng.integers(0, 5)), (0.12, 0.35), (0.05, 0.2)):
         outline = (
             _lump(rng, x, y, 0.5 * length),
             _disc(x, y, length, breadth, angle),
@@ -657,7 +657,7 @@ def draw(category: str, rng: np.random.Generator, size: int) -> np.ndarray:
 def _pose(rng: Rng, turn: float, size: int) -> np.ndarray:
     """A random placement for `_paint`: mirrored or not, turned, foreshortened, somewhere in the picture."""
     angle, shear = rng.uniform(-turn, turn), rng.uniform(-0.25, 0.25)
-    extent = size * rng.uniform(0.28, 0.46)
+    extent = size * rng.uniform(0.34, 0.47)
     stretch = np.exp(rng.uniform(-0.2, 0.2))
     c, s = np.cos(angle), np.sin(angle)
     mirrored = rng.choice([-1.0, 1.0])
