@@ -26,13 +26,13 @@ from typing import Any, get_type_hints
 from pipeline import artifact
 from pipeline import params as parameters
 from pipeline.errors import UserError
-from pipeline.tracking import Journal, open_journal
+from pipeline.journal import Journal, open_journal
 
 Metrics = Mapping[str, Any]
 """JSON values by name; deterministic for the same inputs (timings belong into the journal)."""
 
 SCRATCH = Path(".scratch")
-INERT = ("pipeline.stage", "pipeline.tracking", "pipeline.progress", "pipeline.errors")
+INERT = ("pipeline.stage", "pipeline.journal", "pipeline.tracking", "pipeline.progress", "pipeline.errors")
 PARAMS_FILE = Path("params.yaml")
 
 
