@@ -99,9 +99,7 @@ def _wheel(rng: Rng) -> Parts:
     rim, hub = rng.uniform(0.68, 0.86), rng.uniform(0.12, 0.28)
     parts = [Part(_disc(0, 0, 1), MAIN), Part(_disc(0, 0, rim), HOLE)]
     width = rng.uniform(0.06, 0.14)
-    parts += [
-        Part(_line((0, 0), _at(angle, 0.9 * rim + 0.1)), SECOND, width) for angle in _around(int(rng.integers(4, 11)))
-    ]
+    parts += [Part(_line((0, 0), _at(angle, 0.9 * rim + 0.1)), SECOND, width) for angle in _around(int(rng.integers(4, 11)))]
     return [*parts, Part(_disc(0, 0, hub), DARK)]
 
 
@@ -222,9 +220,7 @@ def _house(rng: Rng) -> Parts:
     door = int(rng.integers(columns))
     for k, x in enumerate(np.linspace(-half, half, 2 * columns + 1)[1::2]):
         w = 0.55 * half / columns
-        parts += [
-            Part(_box(x - w, 0.45, x + w, 0.95), DARK) if k == door else Part(_box(x - w, 0.4, x + w, 0.7), LIGHT)
-        ]
+        parts += [Part(_box(x - w, 0.45, x + w, 0.95), DARK) if k == door else Part(_box(x - w, 0.4, x + w, 0.7), LIGHT)]
     return parts
 
 
@@ -345,9 +341,7 @@ def _rocket(rng: Rng) -> Parts:
 
 def _ladder(rng: Rng) -> Parts:
     half, width = rng.uniform(0.25, 0.45), rng.uniform(0.08, 0.14)
-    parts = [
-        Part(_line((-half, y), (half, y)), SECOND, width * 0.8) for y in np.linspace(-0.8, 0.8, int(rng.integers(4, 8)))
-    ]
+    parts = [Part(_line((-half, y), (half, y)), SECOND, width * 0.8) for y in np.linspace(-0.8, 0.8, int(rng.integers(4, 8)))]
     return [*parts, *(Part(_line((x, -1), (x, 1)), MAIN, width) for x in (-half, half))]
 
 
@@ -416,8 +410,7 @@ def _planks(rng: Rng) -> Parts:
     edges = np.cumsum(rng.uniform(0.2, 0.45, 9)) - rng.uniform(1.1, 1.4)
     tilt = rng.uniform(-0.4, 0.4)
     return [
-        Part(_moved(_box(-1.6, top + 0.02, 1.6, bottom), tilt), int(rng.integers(4)))
-        for top, bottom in itertools.pairwise(edges)
+        Part(_moved(_box(-1.6, top + 0.02, 1.6, bottom), tilt), int(rng.integers(4))) for top, bottom in itertools.pairwise(edges)
     ]
 
 

@@ -65,9 +65,7 @@ class Draw(Section):
         if 2 * self.out_of_class < self.in_class + self.out_of_class + self.leaks + self.broken:
             raise ValueError(f"out_of_class: {self.out_of_class} is less than half of the pool; raise it")
         if self.leaks > self.val * len(scenes.CLASSES):
-            raise ValueError(
-                f"leaks: {self.leaks} are more than the {self.val * len(scenes.CLASSES)} validation images"
-            )
+            raise ValueError(f"leaks: {self.leaks} are more than the {self.val * len(scenes.CLASSES)} validation images")
         return self
 
 
@@ -271,9 +269,7 @@ def _text(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for line in rng.uniform(0.15, 0.95, rng.integers(1, 3)):
         words = "".join(rng.choice(list("abcdefghik lmnorstuvw"), 12))
         at = (round(width * rng.uniform(0, 0.3)), round(height * line))
-        cv2.putText(
-            written, words, at, cv2.FONT_HERSHEY_SIMPLEX, height / 96 * rng.uniform(0.3, 0.5), colour, 1, cv2.LINE_AA
-        )
+        cv2.putText(written, words, at, cv2.FONT_HERSHEY_SIMPLEX, height / 96 * rng.uniform(0.3, 0.5), colour, 1, cv2.LINE_AA)
     return written
 
 
