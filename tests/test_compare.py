@@ -146,6 +146,12 @@ def test_paired_interval_covers_the_truth_on_few_images() -> None:
     assert 0.94 <= covered / 2_000 <= 0.98
 
 
+def test_paired_interval_is_narrow_where_almost_every_image_tells() -> None:
+    found = paired_difference(np.ones(50, bool), np.arange(50) < 1)
+    assert found.value == 0.98
+    assert 0.85 < found.low < 0.98 < found.high == 1
+
+
 def test_two_models_that_agree_everywhere_are_not_surely_equal() -> None:
     right = np.arange(50) % 3 > 0
     found = paired_difference(right, right)
@@ -190,13 +196,13 @@ def test_the_terminal_shows_the_whole_table_however_narrow_it_is(
     four: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    out, _ = run(four, title="A [bold] title")
+    out, _ = run(four, title="A [/bold] title")
     said = capsys.readouterr().err
     for line in (out / "table.md").read_text().splitlines()[2 : 2 + len(ENTRIES)]:
         name, top1, gain, *_ = (cell.strip() for cell in line.strip("|").split("|"))
         assert any(name in row and top1 in row and gain in row for row in said.splitlines())
     assert "…" not in said
-    assert "A [bold] title" in said
+    assert "A [/bold] title" in said
     assert "report.html" in said.replace("\n", "")
 
 

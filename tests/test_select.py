@@ -161,6 +161,7 @@ def test_random_is_as_many_images_as_top_drawn_by_the_seed(tmp_path: Path) -> No
         report = json.loads((tmp_path / "out" / select.SELECTION).read_text())
         first = [CLASSES[pool.classes[pool.ids.index(image), 0]] for image in drawn[seed]]
         assert {c["class"]: c["taken"] for c in report["classes"]} == {c: first.count(c) for c in CLASSES}
+        assert [c["available"] for c in report["classes"]] == np.bincount(pool.classes[:, 0], minlength=6).tolist()
         assert {c["cut_off"] for c in report["classes"]} == {None}
     assert len(set(drawn[0]) & set(drawn[1])) < 0.9 * len(drawn[0])
     pool.run(tmp_path / "again", k=40, membership="any", rule="random", seed=0)

@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import rich.box
 import rich.console
-import rich.markup
 import rich.table
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -187,7 +186,7 @@ def paired_difference(right: np.ndarray, base: np.ndarray) -> Difference:
     gained, lost = int((right & ~base).sum()), int((~right & base).sum())
     p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = Z95 * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    return Difference((gained - lost) / n, p - q - half, p - q + half)
+    return Difference((gained - lost) / n, max(p - q - half, -1.0), min(p - q + half, 1.0))
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -320,7 +319,7 @@ def _print(params: Compare, entries: Sequence[Entry], notes: Sequence[str], repo
     for c in columns:
         table.add_column(c.title, justify="right", no_wrap=True)
     for e in entries:
-        table.add_row(rich.markup.escape(_marked(e, notes)), *(rich.markup.escape(c.cell(e)) for c in columns))
+        table.add_row(_marked(e, notes), *(c.cell(e) for c in columns))
     console = rich.console.Console(stderr=True, highlight=False, markup=False)
     wide = console.options.update(max_width=1000)
     console.width = max(console.width, console.measure(table, options=wide).maximum)
