@@ -1,0 +1,489 @@
+"""The leak check: which images of the pool are copies of validation images, proof for each, and the pool without them."""
+
+import csv
+import ctypes
+import functools
+import itertools
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from threadpoolctl import threadpool_limits
+
+from pipeline import artifact, manifest, progress, sift, stage
+from pipeline.errors import UserError
+from pipeline.images import ImageRefused, decode
+from pipeline.manifest import Manifest
+from pipeline.params import Machine, Section
+
+SHARD = 1024  # images; a killed run loses the shards in work, and memory does not grow with the pool
+BATCH = 32  # images whose features are searched for at once
+TRAIN_SHARDS = 64  # at most so many gallery shards, evenly spread, train the index
+
+FINDINGS = pa.schema(
+    [
+        ("row", pa.int64()),  # of the image in its manifest
+        ("match", pa.int64()),  # of the image it was found in; null if unverifiable
+        ("outcome", pa.string()),  # removed, review or unverifiable
+        ("rule", pa.string()),
+        ("inliers", pa.int32()),
+        ("mirrored", pa.bool_()),
+        ("transform", pa.list_(pa.float64(), 9)),  # row by row, from the match's coordinates to the image's
+        ("zncc", pa.float32()),
+        ("local", pa.float32()),
+        ("cover_image", pa.float32()),
+        ("cover_match", pa.float32()),
+        ("score", pa.float32()),
+    ]
+)
+
+
+class Dedup(Section):
+    """What happens to what the leak check finds; every finding is in `leaks.parquet` whatever is set here.
+
+    `review`: pool images that share features with a validation image but not enough pixels for certainty.
+    `unverifiable`: pool images with too few features to be checked, or that cannot be decoded.
+    `train`: look for validation images among the labelled ones too, and report them.
+    `duplicates`: copies within the pool: `keep` does not look for them, `collapse` keeps the largest of each group.
+    """
+
+    review: Literal["keep", "remove"] = "keep"
+    unverifiable: Literal["keep", "remove"] = "keep"
+    train: Literal["report", "skip"] = "report"
+    duplicates: Literal["keep", "collapse"] = "keep"
+
+
+Row = dict[str, Any]
+
+
+def run(
+    params: Dedup,
+    *,
+    pool: Path,
+    val: Path,
+    train: Path,
+    overrides: Path,
+    pool_out: Path,
+    leaks_out: Path,
+    gallery_out: Path,
+    scratch: Path,
+    machine: Machine,
+) -> stage.Metrics:
+    """Remove from the pool every image that is a copy of a validation image.
+
+    `leaks_out`: `leaks.parquet`, one row per finding (docs/dedup.md). `gallery_out`: the findings as a page to look at.
+    `overrides`: a CSV of id, action (keep or remove) and reason, by which a person has the last word.
+    """
+    sets = {"pool": manifest.read(pool), "train": manifest.read(train), "val": manifest.read(val)}
+    decisions = read_overrides(overrides, sets)
+    search = Search(sets, scratch, machine.cores(machine.workers))
+    collapse = params.duplicates == "collapse"
+    if collapse:
+        search.describe("pool")
+    audits = [search.find("pool", "val")]
+    if params.train == "report":
+        audits.append(search.find("train", "val"))
+    if collapse:
+        audits.append(_one_per_copy(search.find("pool", "pool"), sets["pool"]))
+    audit = decide(pa.concat_tables([*audits, search.unverifiable("val")]), params, decisions)
+    dropped = audit.filter(pc.and_(pc.starts_with(audit["relation"], "pool-"), pc.invert(audit["kept"])))
+    kept = sets["pool"].table.filter(pc.invert(pc.is_in(sets["pool"].table["id"], dropped["id"].combine_chunks())))
+    with artifact.writing(pool_out) as tmp:
+        manifest.write(tmp, kept, sets["pool"].classes)
+    with artifact.writing(leaks_out) as tmp:
+        pq.write_table(audit, tmp / "leaks.parquet", compression="zstd")
+    with artifact.writing(gallery_out) as tmp:
+        (tmp / "index.html").write_text("")
+    return _metrics(audit, len(sets["pool"]), len(kept))
+
+
+class Search:
+    """The images of one set found in another, shard by shard, by worker processes; finished shards stay in `scratch`."""
+
+    def __init__(self, sets: Mapping[str, Manifest], scratch: Path, workers: int) -> None:
+        self.sets, self.scratch, self.workers = sets, scratch, workers
+
+    def describe(self, name: str) -> Path:
+        """Features and small grey copies of a whole set, kept in its folder."""
+        folder = self.scratch / name
+        self._run(describe_shard, name, folder, ".safetensors", f"dedup: features of {name}")
+        return folder
+
+    def find(self, name: str, gallery: str) -> pa.Table:
+        """Findings, as in FINDINGS, of the images of `name` that are copies of images of `gallery`, with ids and the relation."""
+        described = self.describe(gallery)
+        if not (described / "index").exists():
+            _build_index(Store(described, len(self.sets[gallery])), described / "index")
+        folder = self.scratch / f"{name}-{gallery}"
+        work = functools.partial(match_shard, gallery=described, count=len(self.sets[gallery]), itself=name == gallery)
+        files = self._run(work, name, folder, ".parquet", f"dedup: {name} against {gallery}")
+        found = pa.concat_tables([FINDINGS.empty_table(), *(pq.read_table(file, schema=FINDINGS) for file in files)])
+        return self._named(found, f"{name}-{gallery}", name, gallery)
+
+    def unverifiable(self, name: str) -> pa.Table:
+        """Findings for images of a described set that nothing can be compared with: their copies would go unseen."""
+        rows = [_unverifiable(row, reason) for row, reason in Store(self.scratch / name, len(self.sets[name])).unverifiable()]
+        return self._named(pa.Table.from_pylist(rows, FINDINGS), name, name, name)
+
+    def _named(self, found: pa.Table, relation: str, name: str, gallery: str) -> pa.Table:
+        found = found.sort_by([("row", "ascending"), ("match", "ascending")])
+        columns = {
+            "relation": pa.array([relation] * len(found), pa.string()),
+            "id": self.sets[name].table["id"].take(found["row"]),
+            "match_id": self.sets[gallery].table["id"].take(found["match"]),
+        }
+        return pa.table(columns | {c: found[c] for c in FINDINGS.names})
+
+    def _run(self, work: "Callable[[Shard], int]", name: str, folder: Path, suffix: str, label: str) -> list[Path]:
+        """Do the shards of a set whose file is not there yet; returns all files, in order of the images."""
+        folder.mkdir(parents=True, exist_ok=True)
+        images, stored = self.sets[name], self.scratch / name if suffix == ".parquet" else None
+        starts = range(0, len(images), SHARD)
+        files = [folder / f"{first // SHARD:06}{suffix}" for first in starts]
+        missing = [(first, file) for first, file in zip(starts, files, strict=True) if not file.exists()]
+        done = len(images) - sum(min(SHARD, len(images) - first) for first, _ in missing)
+        stored = stored if stored is not None and stored.exists() else None
+        shards = (Shard(_pack(images.table.slice(first, SHARD)), first, file, stored) for first, file in missing)
+        if not missing:
+            return files
+        with progress.bar(len(images), "images", label, done) as shown:
+            for count in in_processes(work, shards, min(self.workers, len(missing))):
+                shown.update(count)
+        return files
+
+
+class Shard(NamedTuple):
+    """A piece of work for a process: a slice of a manifest in Arrow's IPC format, the row it starts at, the file to write.
+
+    `stored`: the folder of a Store that already has the features of the set.
+    """
+
+    images: bytes
+    first: int
+    file: Path
+    stored: Path | None
+
+
+def _pack(table: pa.Table) -> bytes:
+    paths = table["path"].cast(pa.string())  # a slice of the dictionary column would carry the paths of all images
+    table = table.set_column(table.schema.get_field_index("path"), "path", paths)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpack(data: bytes) -> Manifest:
+    return Manifest(pa.ipc.open_stream(data).read_all().cast(manifest.SCHEMA), ())
+
+
+def in_processes(work: Callable[[Shard], int], shards: Iterator[Shard], workers: int) -> Iterator[int]:
+    """`work` of each shard, in the order in which they end, by `workers` processes (none of their own if 1)."""
+    if workers <= 1:
+        yield from map(work, shards)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy OpenMP's locks
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+        waiting: set[Future[int]] = {pool.submit(work, shard) for shard in itertools.islice(shards, 2 * workers)}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                waiting |= {pool.submit(work, shard) for shard in itertools.islice(shards, len(done))}
+                yield from (future.result() for future in done)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process of dedup died, probably for lack of memory. Lower `machine.workers` and repeat the command: "
+                "finished shards are kept."
+            ) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _start_worker() -> None:
+    """The workers end with the stage, even if it is killed; and Ctrl-C is for the stage to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+class Store:
+    """Pictures of `count` images on disk, read one by one: `store[row]`; None where the image could not be decoded."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+        self._shard = functools.lru_cache(maxsize=None)(self._open)
+
+    def __getitem__(self, row: int) -> sift.Picture | None:
+        file, starts, pixels, shapes, extents = self._shard(row // SHARD)
+        i = row % SHARD
+        if not shapes[i].all():
+            return None
+        points, descriptors = (file.get_slice(name)[starts[i] : starts[i + 1]] for name in ("points", "descriptors"))
+        grey = file.get_slice("grey")[pixels[i] : pixels[i + 1]].reshape(shapes[i])
+        return sift.Picture(sift.Features(points, descriptors), grey, extents[i])
+
+    def _open(self, shard: int) -> tuple[Any, list[int], list[int], np.ndarray, np.ndarray]:
+        file = safe_open(self.folder / f"{shard:06}.safetensors", framework="numpy")
+        shapes, starts = file.get_tensor("shapes"), file.get_tensor("starts")
+        pixels = np.r_[0, np.cumsum(shapes.prod(1))]
+        return file, starts.tolist(), pixels.tolist(), shapes, file.get_tensor("extents")
+
+    def shards(self) -> range:
+        return range((self.count + SHARD - 1) // SHARD)
+
+    def bag(self, shard: int) -> sift.Bag:
+        """The features of a shard, without its pixels."""
+        file, starts = self._shard(shard)[:2]
+        owner = np.repeat(np.arange(len(starts) - 1, dtype=np.int32) + shard * SHARD, np.diff(starts))
+        return sift.Bag(owner, file.get_tensor("points"), file.get_tensor("descriptors"))
+
+    def features(self) -> int:
+        """How many there are in all."""
+        return sum(self._shard(shard)[1][-1] for shard in self.shards())
+
+    def unverifiable(self) -> Iterator[tuple[int, str]]:
+        """Rows, with the reason."""
+        for shard in self.shards():
+            _, starts, _, shapes, _ = self._shard(shard)
+            for i, features in enumerate(np.diff(starts)):
+                if features < sift.VERIFIABLE:
+                    yield shard * SHARD + i, TOO_FEW if shapes[i].all() else UNDECODABLE
+
+
+_one_thread = threadpool_limits.wrap(limits=1)
+"""The processes share out the cores; and threads that wait for each other on a busy machine cost more than they bring."""
+
+TOO_FEW, UNDECODABLE = "too few features", "cannot be decoded"
+
+
+@_one_thread
+def describe_shard(shard: Shard) -> int:
+    """Write the Pictures of a shard as a file of a Store; returns the number of images."""
+    pictures = list(_pictures(shard))
+    nothing = sift.Picture(sift.NO_FEATURES, np.zeros((0, 0), np.uint8), np.ones(2, np.float32))
+    whole = [picture or nothing for picture in pictures]
+    bag = sift.bag([picture.features for picture in whole])
+    tensors = {
+        "points": bag.points,
+        "descriptors": bag.descriptors,
+        "starts": np.r_[0, np.cumsum([len(picture.features) for picture in whole])],
+        "grey": np.concatenate([picture.grey.ravel() for picture in whole]),
+        "shapes": np.array([picture.grey.shape for picture in whole], np.int64),
+        "extents": np.stack([picture.extent for picture in whole]),
+    }
+    with artifact.writing_file(shard.file) as tmp:
+        save_file(tensors, tmp)
+    return len(pictures)
+
+
+def _pictures(shard: Shard) -> Iterator[sift.Picture | None]:
+    images = _unpack(shard.images)
+    if shard.stored is not None:
+        store = Store(shard.stored, shard.first + len(images))
+        yield from (store[shard.first + i] for i in range(len(images)))
+        return
+    for data in manifest.image_bytes(images, range(len(images))):
+        try:
+            yield sift.extract(decode(data))
+        except ImageRefused:
+            yield None
+
+
+@_one_thread
+def _build_index(store: Store, out: Path) -> None:
+    shards = store.shards()
+    spread = list(shards)[:: max(1, len(shards) // TRAIN_SHARDS)]
+    sample = np.concatenate([np.zeros((0, 128), np.uint8), *(store.bag(shard).descriptors for shard in spread)])
+    index = sift.VotingIndex.build(store.features(), map(store.bag, shards), sample)
+    with artifact.writing(out) as tmp:
+        index.save(tmp)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(gallery: Path, count: int) -> tuple[sift.VotingIndex, Store]:
+    return sift.VotingIndex.load(gallery / "index"), Store(gallery, count)
+
+
+@_one_thread
+def match_shard(shard: Shard, gallery: Path, count: int, itself: bool) -> int:
+    """Write the findings of a shard: its images that are copies of images of the gallery, and those that cannot be checked."""
+    index, store = _opened(gallery, count)
+    rows: list[Row] = []
+    first = shard.first
+    for batch in _batches(_pictures(shard)):
+        here = range(first, first + len(batch))
+        queries = sift.bag([picture.features if picture else sift.NO_FEATURES for picture in batch])
+        candidates = index.shortlist(queries, np.arange(here.start, here.stop) if itself else None)
+        found = _verified(batch, candidates, store)
+        rows += [row | {"row": first + row["row"]} for row in found]
+        removed = {row["row"] for row in found if row["outcome"] == "removed"}
+        for i, picture in enumerate(batch):
+            if (picture is None or len(picture.features) < sift.VERIFIABLE) and i not in removed:
+                rows.append(_unverifiable(first + i, UNDECODABLE if picture is None else TOO_FEW))
+        first += len(batch)
+    with artifact.writing_file(shard.file) as tmp:
+        pq.write_table(pa.Table.from_pylist(rows, FINDINGS), tmp)
+    return first - shard.first
+
+
+def _batches(pictures: Iterator[sift.Picture | None]) -> Iterator[list[sift.Picture | None]]:
+    while batch := list(itertools.islice(pictures, BATCH)):
+        yield batch
+
+
+def _verified(batch: Sequence[sift.Picture | None], candidates: sift.Candidates, store: Store) -> list[Row]:
+    """A row per pair of a query of the batch and a gallery image that is more than chance."""
+    found: dict[tuple[int, int], Row] = {}
+    for query, row, mirror in zip(*(column.tolist() for column in candidates), strict=True):
+        a, b = store[row], batch[query]
+        match = sift.align(a, b, mirror) if a and b else None
+        if a is None or b is None or match is None:
+            continue
+        likeness = sift.compare(a, b, match.transform)
+        verdict = sift.judge(match.inliers, likeness, min(a.detail, b.detail))
+        if verdict.outcome:
+            new = _row(query, row, match, likeness, verdict)
+            found[query, row] = max(new, found.get((query, row), new), key=lambda r: (r["outcome"] == "removed", r["score"]))
+    return list(found.values())
+
+
+def _row(query: int, row: int, match: sift.Match, likeness: sift.Likeness, verdict: sift.Verdict) -> Row:
+    return {
+        "row": query,
+        "match": row,
+        "outcome": verdict.outcome,
+        "rule": verdict.rule,
+        "inliers": match.inliers,
+        "mirrored": match.mirrored,
+        "transform": match.transform.ravel().tolist(),
+        "zncc": likeness.zncc,
+        "local": likeness.local,
+        "cover_image": likeness.cover_b,
+        "cover_match": likeness.cover_a,
+        "score": (max(likeness.zncc, 0.0) + likeness.local) / 2,
+    }
+
+
+def _unverifiable(row: int, reason: str) -> Row:
+    return {"row": row, "outcome": "unverifiable", "rule": reason}
+
+
+def read_overrides(file: Path, sets: Mapping[str, Manifest]) -> dict[str, tuple[str, str]]:
+    """{id: (action, reason)} of a CSV with the columns id, action (keep or remove) and reason.
+
+    Raises UserError, naming the line, for anything else, for a missing reason, and for an id that is not in the pool.
+    """
+    with file.open(newline="") as f:
+        lines = csv.reader(f)
+        header = next(lines, [])
+        if header != ["id", "action", "reason"]:
+            raise UserError(f"{file}: the first line must be `id,action,reason`; it is `{','.join(header)}`.")
+        found: dict[str, tuple[str, str]] = {}
+        for number, line in enumerate(lines, 2):
+            where = f"{file}, line {number}"
+            if len(line) != 3 or line[1] not in ("keep", "remove") or not line[2].strip():
+                raise UserError(f"{where}: `{','.join(line)}` must be an id, `keep` or `remove`, and a reason (quote commas).")
+            if line[0] in found:
+                raise UserError(f"{where}: the image {line[0]} is decided on twice. Keep one of the two lines.")
+            found[line[0]] = (line[1], line[2].strip())
+    known = pc.is_in(pa.array(list(found), pa.string()), sets["pool"].table["id"].combine_chunks())
+    for image, there in zip(found, known.to_pylist(), strict=True):
+        if not there:
+            raise UserError(f"{file}: the pool has no image with the id {image}. Correct or remove the line.")
+    return found
+
+
+def decide(audit: pa.Table, params: Dedup, overrides: Mapping[str, tuple[str, str]]) -> pa.Table:
+    """The audit with the last word on each image: `kept`, and the `override` and its `reason` where a person had it.
+
+    Only pool images are ever removed; findings in `train` and `val` are reports. A pool image removed by hand for which
+    nothing was found gets a row of its own.
+    """
+    by_hand = {image for image, (action, _) in overrides.items() if action == "remove"}
+    audit = pa.concat_tables([audit, _rows_by_hand(sorted(by_hand - set(audit["id"].to_pylist())), audit.schema)])
+    removing = {("pool-val", "removed"), ("pool-pool", "removed")}
+    removing |= {("pool-val", outcome) for outcome in ("review", "unverifiable") if getattr(params, outcome) == "remove"}
+    rows = list(zip(*(audit[name].to_pylist() for name in ("relation", "outcome", "id")), strict=True))
+    dropped = {image for relation, outcome, image in rows if (relation, outcome) in removing} | by_hand
+    dropped -= overrides.keys() - by_hand
+    of_pool = [relation.startswith("pool-") for relation, _, _ in rows]
+    words = [
+        overrides.get(image, (None, None)) if mine else (None, None) for mine, (_, _, image) in zip(of_pool, rows, strict=True)
+    ]
+    kept = [not mine or image not in dropped for mine, (_, _, image) in zip(of_pool, rows, strict=True)]
+    audit = audit.append_column("kept", pa.array(kept, pa.bool_()))
+    audit = audit.append_column("override", pa.array([action for action, _ in words], pa.string()))
+    audit = audit.append_column("reason", pa.array([reason for _, reason in words], pa.string()))
+    return audit.drop_columns(["row", "match"]).sort_by([(name, "ascending") for name in ("relation", "id", "match_id")])
+
+
+def _rows_by_hand(images: list[str], schema: pa.Schema) -> pa.Table:
+    said = {"relation": "pool-val", "outcome": "removed", "rule": "by hand"}
+    return pa.Table.from_pylist([said | {"id": image} for image in images], schema)
+
+
+def _one_per_copy(audit: pa.Table, pool: Manifest) -> pa.Table:
+    """Of the copies within the pool, the rows of those that go: all but the largest of each group (of equals, the first)."""
+    pairs = audit.filter(pc.equal(audit["outcome"], "removed"))
+    rows, matches = pairs["row"].to_numpy(), pairs["match"].to_numpy()
+    leader = _groups(rows, matches, pool)
+    goes = pa.array([leader[int(row)] != row for row in rows], pa.bool_())
+    best = pairs.filter(goes).sort_by([("row", "ascending"), ("score", "descending"), ("match", "ascending")])
+    row = best["row"].to_numpy()
+    return best.filter(pa.array(np.r_[True, row[1:] != row[:-1]][: len(row)], pa.bool_()))
+
+
+def _groups(rows: np.ndarray, matches: np.ndarray, pool: Manifest) -> dict[int, int]:
+    """For each row that occurs, the row of its group that stays."""
+    area = pc.multiply(pool.table["width"].cast(pa.int64()), pool.table["height"].cast(pa.int64()))
+    leader: dict[int, int] = {}
+
+    def lead(row: int) -> int:
+        while leader.setdefault(row, row) != row:
+            row = leader[row]
+        return row
+
+    for a, b in zip(rows.tolist(), matches.tolist(), strict=True):
+        stays, goes = sorted((lead(a), lead(b)), key=lambda row: (-area[row].as_py(), row))
+        leader[goes] = stays
+    return {row: lead(row) for row in leader}
+
+
+def _metrics(audit: pa.Table, images: int, kept: int) -> Row:
+    """Distinct images by outcome; an image counts once, by its strongest outcome."""
+
+    def distinct(relation: str, outcome: str, without: Sequence[str] = ()) -> set[str]:
+        where = pc.and_(pc.equal(audit["relation"], relation), pc.equal(audit["outcome"], outcome))
+        return set(audit["id"].filter(where).to_pylist()).difference(*(distinct(relation, other) for other in without))
+
+    leaks = audit.filter(pc.and_(pc.equal(audit["relation"], "pool-val"), pc.equal(audit["outcome"], "removed")))
+    return {
+        "pool": images,
+        "kept": kept,
+        "removed": len(distinct("pool-val", "removed")),
+        "review": len(distinct("pool-val", "review", ["removed"])),
+        "unverifiable": len(distinct("pool-val", "unverifiable", ["removed", "review"])),
+        "duplicates": len(distinct("pool-pool", "removed")),
+        "overrides": len(set(audit["id"].filter(pc.is_valid(audit["override"])).to_pylist())),
+        "val_with_a_leak": len(set(leaks["match_id"].drop_null().to_pylist())),
+        "val_unverifiable": len(distinct("val", "unverifiable")),
+        "train_copies": len(distinct("train-val", "removed")),
+        "train_review": len(distinct("train-val", "review", ["removed"])),
+    }
+
+
+if __name__ == "__main__":
+    stage.main(run)

@@ -1,0 +1,205 @@
+"""The leak check on arrays: the mirror property, transforms of known copies, and an exhaustive matcher as the oracle."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+
+from pipeline import sift
+from tests.photographs import COPIES, badged, captioned, cropped, mirrored, photograph, recoded, smaller
+
+Found = set[tuple[int, int]]
+
+
+def index_of(gallery: Sequence[sift.Picture]) -> sift.VotingIndex:
+    bag = sift.bag([picture.features for picture in gallery])
+    return sift.VotingIndex.build(len(bag.owner), [bag], bag.descriptors)
+
+
+def verdict(a: sift.Picture, b: sift.Picture, mirror: bool = False) -> sift.Verdict:
+    match = sift.align(a, b, mirror)
+    if match is None:
+        return sift.Verdict(None, "")
+    return sift.judge(match.inliers, sift.compare(a, b, match.transform), min(a.detail, b.detail))
+
+
+def removed(index: sift.VotingIndex, gallery: Sequence[sift.Picture], queries: Sequence[sift.Picture]) -> Found:
+    candidates = index.shortlist(sift.bag([picture.features for picture in queries]))
+    pairs = zip(*(column.tolist() for column in candidates), strict=True)
+    return {(q, g) for q, g, mirror in pairs if verdict(gallery[g], queries[q], mirror).outcome == "removed"}
+
+
+def exhaustive(gallery: Sequence[np.ndarray], queries: Sequence[np.ndarray]) -> Found:
+    """Bare-bones SIFT matching of every pair, mirrored by extracting again: Lowe's ratio 0.75, a homography with 12 inliers."""
+    detector = getattr(cv2, "SIFT_create")(300, 3, 0.01)  # noqa: B009
+    matcher = cv2.BFMatcher()
+
+    def described(image: np.ndarray) -> tuple:
+        scale = 200 / max(image.shape[:2])
+        grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+        return detector.detectAndCompute(grey, None)
+
+    def agree(a: tuple, b: tuple) -> bool:
+        near = [m for m, n in matcher.knnMatch(a[1], b[1], k=2) if m.distance < 0.75 * n.distance]
+        if len(near) < 12:
+            return False
+        source = np.float32([a[0][m.queryIdx].pt for m in near])
+        target = np.float32([b[0][m.trainIdx].pt for m in near])
+        inside = cv2.findHomography(source, target, cv2.RANSAC, 4.0)[1]
+        return inside is not None and int(inside.sum()) >= 12
+
+    theirs = [(described(image), described(mirrored(image))) for image in gallery]
+    mine = [described(image) for image in queries]
+    return {
+        (q, g) for q, b in enumerate(mine) for g, (plain, flipped) in enumerate(theirs) if agree(plain, b) or agree(flipped, b)
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with threadpool_limits(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def originals() -> list[np.ndarray]:
+    return [photograph(seed) for seed in range(12)]
+
+
+@pytest.fixture(scope="module")
+def gallery(originals: list[np.ndarray]) -> list[sift.Picture]:
+    return [sift.extract(image) for image in originals]
+
+
+def test_a_mirrored_descriptor_is_a_permutation():
+    image = photograph(0, 200, 150)
+    expected = sift.extract(mirrored(image)).features
+    turned = sift.mirrored(sift.extract(image).features, 1.0)
+    off = np.abs(turned.points[:, None, :3] - expected.points[None, :, :3]).sum(2)
+    off += np.abs(np.angle(np.exp(1j * (turned.points[:, None, 3] - expected.points[None, :, 3]))))
+    twin, same = off.argmin(1), off.min(1) < 0.01
+    assert same.mean() > 0.85  # mirrored pixels round differently, so a few keypoints come and go
+    apart = np.linalg.norm(turned.descriptors[same].astype(float) - expected.descriptors[twin[same]], axis=1)
+    assert np.median(apart) < 2.0  # of a length of 512: the same but for rounding
+
+
+def test_mirroring_twice_changes_nothing():
+    assert (sift.MIRROR[sift.MIRROR] == np.arange(128)).all()
+    assert (sift.MIRROR != np.arange(128)).any()
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_every_kind_of_copy_is_removed(name: str, originals: list[np.ndarray], gallery: list[sift.Picture]):
+    queries = [sift.extract(COPIES[name](image)) for image in originals[:6]]
+    assert removed(index_of(gallery), gallery, queries) == {(i, i) for i in range(6)}
+
+
+def test_finds_what_exhaustive_matching_finds_and_nothing_else(originals: list[np.ndarray], gallery: list[sift.Picture]):
+    kinds = list(COPIES.values())
+    copies = [kinds[i % len(kinds)](image) for i, image in enumerate(originals)]
+    queries = copies + [photograph(seed) for seed in range(100, 112)]
+    expected = exhaustive(originals, queries)
+    assert len(expected) >= 11
+    assert removed(index_of(gallery), gallery, [sift.extract(image) for image in queries]) == {(i, i) for i in range(12)}
+    assert expected <= {(i, i) for i in range(12)}
+
+
+def test_the_compressed_index_finds_the_same(originals: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, tmp_path):
+    gallery = [sift.extract(image) for image in originals + [photograph(seed) for seed in range(200, 230)]]
+    queries = [sift.extract(COPIES[name](originals[i])) for i, name in enumerate(list(COPIES)[:6])]
+    exact = removed(index_of(gallery), gallery, queries)
+    monkeypatch.setattr(sift, "EXACT", 0)
+    compressed = index_of(gallery)
+    assert "IVF" in type(compressed.index).__name__ or compressed.index.chain.size() > 0
+    compressed.save(tmp_path)
+    assert removed(sift.VotingIndex.load(tmp_path), gallery, queries) == exact == {(i, i) for i in range(6)}
+
+
+@pytest.mark.parametrize("overlay", [badged, captioned])
+def test_different_photographs_with_the_same_overlay_stay(overlay):
+    pictures = [sift.extract(overlay(photograph(seed, 320, 240))) for seed in range(300, 308)]
+    pairs = [(a, b) for a in pictures for b in pictures if a is not b]
+    matches = [match for a, b in pairs if (match := sift.align(a, b, False))]
+    assert max(match.inliers for match in matches) >= 12, "the overlays must share features, or the test shows nothing"
+    assert not [v for a, b in pairs if (v := verdict(a, b)).outcome == "removed"]
+
+
+def test_the_transform_says_where_the_copy_lies(originals: list[np.ndarray], gallery: list[sift.Picture]):
+    match = sift.align(gallery[0], sift.extract(cropped(originals[0], 0.5)), False)
+    assert match is not None
+    # The crop's own unit is half as long, and its origin is the middle of the whole.
+    assert sift.project(match.transform, np.array([[0.5, 0.375], [1.0, 0.75]])) == pytest.approx(
+        np.array([[0, 0], [1, 0.75]]), abs=0.01
+    )
+    likeness = sift.compare(gallery[0], sift.extract(cropped(originals[0], 0.5)), match.transform)
+    assert (likeness.cover_a, likeness.cover_b) == pytest.approx((0.25, 1.0), abs=0.02)
+    assert likeness.zncc > 0.95
+
+
+def test_a_mirrored_copy_has_a_transform_that_turns_it_over(originals: list[np.ndarray], gallery: list[sift.Picture]):
+    copy = sift.extract(mirrored(originals[1]))
+    match = sift.align(gallery[1], copy, True)
+    assert match is not None
+    assert np.linalg.det(match.transform[:2, :2]) < 0
+    assert sift.compare(gallery[1], copy, match.transform).zncc > 0.99
+    assert sift.align(gallery[1], copy, False) is None or verdict(gallery[1], copy).outcome is None
+
+
+def test_small_images_are_enlarged_and_found(originals: list[np.ndarray]):
+    small = [cv2.resize(image[:, :120], (32, 32), interpolation=cv2.INTER_AREA) for image in originals]
+    gallery = [sift.extract(image) for image in small]
+    queries = [sift.extract(recoded(image, 75)) for image in small]
+    found = removed(index_of(gallery), gallery, queries)
+    assert {(i, i) for i in range(12)} >= found
+    assert len(found) >= 11
+
+
+def test_a_thumbnail_is_compared_at_its_own_detail(originals: list[np.ndarray], gallery: list[sift.Picture]):
+    thumbnail = sift.extract(smaller(originals[2], 0.4))
+    assert thumbnail.detail == 64
+    match = sift.align(gallery[2], thumbnail, False)
+    assert match is not None and sift.compare(gallery[2], thumbnail, match.transform).zncc > 0.97
+
+
+def test_a_plain_image_has_no_features_to_verify():
+    plain = sift.extract(np.full((50, 70, 3), 128, np.uint8))
+    assert len(plain.features) < sift.VERIFIABLE
+    assert sift.align(plain, plain, False) is None
+
+
+def test_a_faint_image_is_looked_at_again():
+    faint = (128 + (photograph(3).astype(np.float32) - 128) * 0.03).astype(np.uint8)
+    assert len(sift.extract(faint).features) >= sift.VERIFIABLE
+
+
+def test_an_empty_gallery_matches_nothing():
+    index = sift.VotingIndex.build(0, [], np.zeros((0, 128), np.uint8))
+    assert len(index.shortlist(sift.bag([sift.extract(photograph(0)).features])).query) == 0
+
+
+def test_an_image_does_not_find_itself(gallery: list[sift.Picture]):
+    bag = sift.bag([picture.features for picture in gallery])
+    candidates = index_of(gallery).shortlist(bag, exclude=np.arange(len(gallery)))
+    assert not (candidates.query == candidates.gallery).any()
+
+
+SAME = sift.Likeness(zncc=0.95, local=0.95, cover_a=1.0, cover_b=1.0)
+
+
+@pytest.mark.parametrize(
+    ("inliers", "likeness", "detail", "expected"),
+    [
+        (4, SAME, 160, "removed"),
+        (3, SAME, 160, None),
+        (11, SAME, 32, "review"),
+        (12, SAME, 32, "removed"),
+        (30, SAME._replace(zncc=0.3, local=0.62), 160, "removed"),
+        (30, SAME._replace(zncc=0.3, local=0.2), 160, "review"),
+        (300, SAME._replace(cover_a=0.1, cover_b=0.3), 160, "review"),
+        (9, SAME._replace(zncc=0.3, local=0.2), 160, None),
+    ],
+)
+def test_judgement(inliers: int, likeness: sift.Likeness, detail: int, expected: str | None):
+    assert sift.judge(inliers, likeness, detail).outcome == expected
