@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -199,10 +200,10 @@ class Store:
         from mlflow.entities import Metric, Param
 
         client = self.client
-        for some in _chunks([Param(_legal(k), _text(v, 6000)) for k, v in params.items()], 100):
-            client.log_batch(run_id, params=some)
-        for some in _chunks([Metric(_legal(name), value, _ms(at), step) for name, value, at, step in metrics], 1000):
-            client.log_batch(run_id, metrics=some)
+        all_params = [Param(_legal(name), _text(value, 6000)) for name, value in params.items()]
+        all_metrics = [Metric(_legal(name), value, _ms(at), step) for name, value, at, step in metrics]
+        for some, others in itertools.zip_longest(_chunks(all_params, 100), _chunks(all_metrics, 900), fillvalue=()):
+            client.log_batch(run_id, params=some, metrics=others)
 
     def search(self, tag: str, value: str) -> list[Any]:
         """The runs with this tag, the newest first."""
@@ -323,14 +324,18 @@ class Mirror:
         assert run_id is not None
         if not journal.unsent:
             return
-        logged = [e for e in journal.unsent if e["event"] == "metrics"]
-        steps = [(n, v, e["time"], e["step"] or 0) for e in logged for n, v in e["values"].items()]
-        journal.state.last_step = max([journal.state.last_step, *(step for _, _, _, step in steps)])
-        store.log(run_id, {}, steps)
-        if journal.end is None:
+        told = [e for e in journal.unsent if e["event"] == "metrics"]
+        metrics = [(name, value, e["time"], e["step"] or 0) for e in told for name, value in e["values"].items()]
+        last = journal.state.last_step = max([journal.state.last_step, *(step for _, _, _, step in metrics)])
+        end = journal.end
+        if end is None:
+            store.log(run_id, {}, metrics)
             journal.sent()
         else:
-            self._end(journal, store, run_id, journal.end)
+            # On the last step of the curves: MLflow shows the value of the highest step as a run's metric.
+            final = [(name, value, end["time"], last) for name, value in _numbers(end["metrics"]).items()]
+            store.log(run_id, {}, metrics + final)
+            self._end(journal, store, run_id, end)
 
     def _begin(self, journal: Waiting, store: Store) -> None:
         """Create the run, or find the one that a mirror created just before it was killed."""
@@ -351,9 +356,6 @@ class Mirror:
 
     def _end(self, journal: Waiting, store: Store, run_id: str, end: dict[str, Any]) -> None:
         client, record = store.client, journal.record
-        final = _numbers(end["metrics"])
-        # On the last step of the curves: MLflow shows the value of the highest step as a run's metric.
-        store.log(run_id, {}, [(name, value, end["time"], journal.state.last_step) for name, value in final.items()])
         if end.get("error"):
             client.set_tag(run_id, "winnow.error", _text(end["error"], 5000))
         if journal.state.dvc_lock:
@@ -377,7 +379,7 @@ class Mirror:
         """
         children = {run.data.tags.get("winnow.key"): run for run in store.search("mlflow.parentRunId", parent)}
         names = Counter(run_name(record) for record in lineage.values())
-        rows = []
+        rows, all_params, all_metrics = [], dict[str, Any](), dict[str, float]()
         for key, record in sorted(lineage.items(), key=lambda item: run_name(item[1])):
             metrics = _numbers(end.get("compared", {}).get(key, {}))
             child = children.get(key)
@@ -386,13 +388,11 @@ class Mirror:
             name = run_name(record)
             if names[name] > 1:  # a stage was repeated, but not all that follow it: `dvc repro --single-item`
                 name += f":{key[:8]}"
-            store.log(
-                parent,
-                {f"{name}.{k}": v for k, v in _params(record).items()},
-                [(f"{name}.{k}", v, end["time"], 0) for k, v in metrics.items()],
-            )
+            all_params |= {f"{name}.{k}": v for k, v in _params(record).items()}
+            all_metrics |= {f"{name}.{k}": v for k, v in metrics.items()}
             link = f"#/experiments/{store.experiment_id}/runs/{child.info.run_id}"
             rows.append([name, child.data.tags["winnow.status"], child.info.run_id, link, key])
+        store.log(parent, all_params, [(name, value, end["time"], 0) for name, value in all_metrics.items()])
         table.parent.mkdir(exist_ok=True)
         table.write_text(json.dumps({"columns": ["stage", "status", "run_id", "link", "key"], "data": rows}, indent=1))
         counts = Counter(row[1] for row in rows)
@@ -571,7 +571,7 @@ def main() -> None:
     if args.command == "flush":
         sys.stdout.write(flush(args.folder, args.timeout) + "\n")
     else:
-        os.nice(10)
+        os.nice(5)
         Mirror(args.folder).follow()
 
 
