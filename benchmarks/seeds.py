@@ -2,18 +2,19 @@
 
     python -m benchmarks.seeds recipes/cifar10.yaml --seeds 0 1 2 --jobs 2 --out docs/cifar10-seeds.md
 
-Each seed runs in a folder of its own under .scratch/seeds/, with this repository's files and DVC cache: what does not depend
-on the seed (prepare, dedup) runs once. A repeated command goes on where the last one stopped.
+Each seed runs in a folder of its own under .scratch/seeds/, with the files of the last commit and this repository's DVC cache:
+what does not depend on the seed (prepare, dedup) runs once. A repeated command goes on where the last one stopped.
 """
 
 import argparse
+import io
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,13 +48,12 @@ def main() -> None:
 
 
 def workspace(recipe: Path, seed: int, threads: int) -> Path:
-    """A copy of the repository's tracked files with the recipe as its params, and DVC's cache shared."""
+    """The files of the last commit with the recipe as its params, and DVC's cache shared."""
     folder = ROOT / ".scratch" / "seeds" / f"{recipe.stem}-{seed}"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for name in filter(None, tracked.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    committed = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(committed)) as tar:
+        tar.extractall(folder, filter="data")
     raw = folder / "data" / "raw"
     if (ROOT / "data" / "raw").exists() and not raw.is_symlink():
         raw.symlink_to((ROOT / "data" / "raw").resolve())

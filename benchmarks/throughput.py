@@ -2,10 +2,10 @@
 
     python -m benchmarks.throughput [--threads 1] [--rounds 7]
 
-Scoring: images of a manifest (JPEG files on disk) to logits, as the stage `score` does it, against the bare forward of the same network
-on one tensor that is ready in memory. Training: `fit.fit` with crops, flips, schedule, optimiser and checks, against bare forward,
-backward and optimiser step on a ready tensor. Rounds alternate, so that a busy neighbour slows both alike; the median of the
-rounds' ratios is printed with its range.
+Scoring: images of a manifest (JPEG files on disk) to logits, as the stage `score` does it, against the bare forward of the same
+network on one tensor that is ready in memory. Training: `fit.fit` with crops, flips, schedule, optimiser and checks, against
+bare forward, backward and optimiser step on a ready tensor. Rounds alternate, so that a busy neighbour slows both alike; the
+median of the rounds' ratios is printed with its range.
 """
 
 import argparse
@@ -27,7 +27,10 @@ from benchmarks.seeds import machine
 from pipeline import device, fit, images, manifest, models, predict
 from pipeline.params import Machine
 
-CIFAR_STUDENT = ("resnet8", {"width": 32, "shortcut": "B", "stem_stride": 2})
+TRAINED: list[tuple[str, dict[str, object], int]] = [
+    ("resnet8", {"width": 32, "shortcut": "B", "stem_stride": 2}, 20),
+    ("resnet18_3x3", {}, 3),
+]
 
 
 def main() -> None:
@@ -39,13 +42,12 @@ def main() -> None:
     print(f"{machine()}, {args.threads} threads, {on.dtype}, {args.rounds} rounds after one to warm up\n")
     print("| work | ours, images/s | bare, images/s | ours / bare | range |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        for arch, options, side, batches in (("resnet56", {}, 32, 4), ("resnet18", {}, 224, 1)):
-            ours, bare, folded = scoring(Path(folder), arch, options, side, batches, on, args.threads)
+        for arch, side, batches in (("resnet56", 32, 4), ("resnet18", 224, 1)):
+            ours, bare, folded = scoring(Path(folder), arch, side, batches, on, args.threads)
             count = batches * predict.BATCH
             report(f"scoring, {arch}, {side} px", ours, bare, count, args.rounds)
             report(f"scoring, {arch}, {side} px, bare forward with folded BN", ours, folded, count, args.rounds)
-    for arch, options in (CIFAR_STUDENT, ("resnet18_3x3", {})):
-        steps = 20 if arch == "resnet8" else 3
+    for arch, options, steps in TRAINED:
         ours, bare = training(arch, options, steps, on)
         report(f"training, {arch}, 32 px", ours, bare, 128 * steps, args.rounds)
 
@@ -65,13 +67,11 @@ def clock(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def scoring(
-    folder: Path, arch: str, options: dict[str, object], side: int, batches: int, on: device.Device, threads: int
-) -> tuple[Callable[[], None], ...]:
+def scoring(folder: Path, arch: str, side: int, batches: int, on: device.Device, threads: int) -> tuple[Callable[[], None], ...]:
     pool = pictures(folder / str(side), batches * predict.BATCH, side)
     given = images.Input(size=side)
-    plain = on.place(models.create(arch, 1000, options)).eval()
-    folded = on.place(predict.folded(models.create(arch, 1000, options)))
+    plain = on.place(models.create(arch, 1000)).eval()
+    folded = on.place(predict.folded(models.create(arch, 1000)))
     ready = on.batch(torch.randn(predict.BATCH, 3, side, side).to(memory_format=torch.channels_last))
 
     def ours() -> None:
