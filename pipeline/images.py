@@ -151,7 +151,6 @@ def _without_metadata(jpeg: bytes) -> bytes:
 def _other(image: Image.Image, data: bytes) -> np.ndarray:
     if image.format == "PNG":  # Pillow checks the checksums of the pixel data only when asked to
         Image.open(io.BytesIO(data), formats=("PNG",)).verify()
-    image.seek(0)
     image.load()
     if image.mode.startswith("I;16") or (image.format in ("PNG", "PPM") and image.mode == "I"):
         values = np.asarray(image)

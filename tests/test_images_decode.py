@@ -167,6 +167,15 @@ def test_of_an_animation_the_first_frame_counts(kind):
     assert close(decode(data), np.asarray(first.convert("RGB")), by=1)
 
 
+def test_the_adobe_segment_tells_the_colour_space_of_a_jpeg():
+    data = bytearray(encoded(WIDE, "JPEG", quality=100, subsampling=0, keep_rgb=True))
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    for i in range(3):  # components named 1, 2, 3 would mean YCbCr by themselves
+        data[frame + 10 + 3 * i] = data[scan + 5 + 2 * i] = i + 1
+    assert b"Adobe" in data
+    assert close(decode(bytes(data)), WIDE, by=6)
+
+
 def test_of_a_multi_picture_jpeg_the_first_picture_counts():
     first, second = Image.fromarray(WIDE), Image.fromarray(picture(9, (60, 40)))
     data = encoded(first, "MPO", save_all=True, append_images=[second], quality=100, subsampling=0)

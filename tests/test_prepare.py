@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -162,7 +163,7 @@ def test_classes_may_have_an_order_of_their_own(root, tmp_path):
 
 def test_workers_and_the_order_of_files_change_no_byte(root, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHUNK", 4)
-    folder_of(root / "loose", {"a.jpg": jpeg(90), "b/c.jpg": jpeg(91), "bad.jpg": b"x"})
+    folder_of(root / "loose", {"a.jpg": jpeg(90), "b/c.jpg": jpeg(91), "bad.jpg": b"x", "awful.jpg": b"", "c.txt": b"x"})
     source = {"pool": [{"kind": "folder", "path": "loose"}, {"kind": "tar", "path": "pool-*.tar"}], "per_class": 3}
     first = Prepared(tmp_path / "0", params(root, **source), workers=1).files()
     listing = Path.iterdir
@@ -198,6 +199,27 @@ def test_the_root_itself_may_be_the_folder(tmp_path):
     assert ids(got.train, got.holdout)[0] == "cat/0000.jpg"
     assert got.refused() == {"cat/val.tar": "not an image"}
     assert len(got.pool) == 0
+
+
+def test_images_inside_tables_move_into_the_artifacts(root, tmp_path):
+    drawn = jpegs(CLASSES, seed=1)
+    table = pa.table({"image": list(drawn.values()), "label": [name.split("/")[0] for name in drawn]})
+    pq.write_table(table, root / "labelled.parquet")
+    pq.write_table(pa.table({"image": [jpeg(1), b"text", jpeg(2), None]}), root / "pool.parquet")
+    tables = {"labelled": [{"kind": "parquet", "path": "labelled.parquet"}], "pool": [{"kind": "parquet", "path": "*l.parquet"}]}
+    got = Prepared(tmp_path / "out", params(root, **tables, per_class=3))
+    assert set(ids(got.train, got.holdout)) < {f"labelled.parquet/{i:08}" for i in range(15)}
+    by_id = {f"labelled.parquet/{i:08}": data for i, data in enumerate(drawn.values())} | {
+        "pool.parquet/00000000": jpeg(1),
+        "pool.parquet/00000002": jpeg(2),
+    }
+    for part in (got.train, got.holdout, got.pool):
+        assert list(manifest.image_bytes(part, range(len(part)))) == [by_id[image] for image in ids(part)]
+    assert set(got.holdout.table["path"].to_pylist()) == {(tmp_path / "out" / "train" / "images-00000.tar").as_posix()}
+    assert got.refused() == {"pool.parquet/00000001": "not an image", "pool.parquet/00000003": "empty file"}
+    again = Prepared(tmp_path / "again", params(root, **tables, per_class=3))
+    assert (tmp_path / "again/train/images-00000.tar").read_bytes() == (tmp_path / "out/train/images-00000.tar").read_bytes()
+    assert again.metrics == got.metrics
 
 
 def test_links_to_files_and_folders_are_followed(root, tmp_path):
