@@ -203,7 +203,19 @@ def test_the_terminal_shows_the_whole_table_however_narrow_it_is(
         assert any(name in row and top1 in row and gain in row for row in said.splitlines())
     assert "…" not in said
     assert "A [/bold] title" in said
-    assert "report.html" in said.replace("\n", "")
+
+
+def test_show_prints_the_same_table_again_and_where_to_look_next(four: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(four, title="Scenes")
+    first = capsys.readouterr().err
+    compare.show(out)
+    again = capsys.readouterr().err
+    assert again.startswith(first)
+    assert str(out / "report.html") in again
+    assert "mlflow ui" in again
+    assert "gallery" not in again
+    with pytest.raises(UserError, match=r"nowhere/comparison\.json is not there"):
+        compare.show(four / "nowhere")
 
 
 def test_comparison_json_has_all_that_the_evaluations_say(four: Path) -> None:

@@ -1,4 +1,7 @@
-"""Put all evaluations side by side: one table, and one report that opens from disk."""
+"""Put all evaluations side by side: one table, and one report that opens from disk.
+
+python -m pipeline.stages.compare --show data/compare       # the table once more, and where to look next
+"""
 
 import csv
 import io
@@ -6,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +31,7 @@ from pipeline.errors import UserError
 from pipeline.params import Section
 
 TEMPLATE = Path(__file__).with_name("compare.html.jinja")
+MLFLOW = ".venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 Z95 = 1.959964
 HEAT_CLASSES = 40
 """Classes that the heat table shows: of more, those whose accuracy differs most between the entries."""
@@ -144,10 +149,28 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
         (tmp / "table.md").write_text(_markdown(compared, notes))
         (tmp / "comparison.json").write_text(json.dumps(_json(params, compared), indent=1) + "\n")
         (tmp / "report.html").write_text(_html(params, compared, notes, evaluations.parent, out))
-    _print(params, compared, notes, out / "report.html")
+    _print(params.title, compared)
     return {
         e.name: {"top1": e.evaluation.val.top1, "holdout_top1": e.evaluation.holdout.top1, **_difference(e)} for e in compared
     }
+
+
+def show(out: Path) -> None:
+    """Print the table of the artifact `out`, and where to look next. Raises UserError if there is none."""
+    file = out / "comparison.json"
+    if not file.is_file():
+        raise UserError(f"{file} is not there. Run `dvc repro`, which makes it.")
+    saved = json.loads(file.read_text())
+    nothing = np.empty(0, bool)
+    entries = []
+    for name, e in saved["entries"].items():
+        difference = None if e["delta"] is None else Difference(e["delta"], e["delta_low"], e["delta_high"])
+        entries.append(Entry(name, Evaluation.model_validate(e), nothing, nothing, e["history"], {}, difference))
+    _print(saved["title"], entries)
+    gallery = _gallery(out.parent)
+    sys.stderr.write(f"\nreport   {out / 'report.html'}\n")
+    sys.stderr.write(f"gallery  {gallery}: what was removed from the pool, and why\n" if gallery.exists() else "")
+    sys.stderr.write(f"runs     {MLFLOW}\n")
 
 
 # Reading and comparing ------------------------------------------------------------------------------------------------
@@ -311,10 +334,11 @@ def _json(params: Compare, entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _print(params: Compare, entries: Sequence[Entry], notes: Sequence[str], report: Path) -> None:
+def _print(title: str, entries: Sequence[Entry]) -> None:
     """The table on stderr, for the one who waited for it; where the terminal is too narrow, lines wrap but nothing is cut."""
+    notes = _notes(entries)
     columns = [c for c in COLUMNS if c.on_terminal]
-    table = rich.table.Table(title=params.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("entry", no_wrap=True)
     for c in columns:
         table.add_column(c.title, justify="right", no_wrap=True)
@@ -326,7 +350,7 @@ def _print(params: Compare, entries: Sequence[Entry], notes: Sequence[str], repo
     console.print(table)
     for i, note in enumerate(notes, 1):
         console.print(f"[{i}] {note}")
-    console.print(f"{_caution(entries)}\nreport: {report}")
+    console.print(_caution(entries))
 
 
 def _caution(entries: Sequence[Entry]) -> str:
@@ -339,7 +363,7 @@ def _caution(entries: Sequence[Entry]) -> str:
 
 def _html(params: Compare, entries: Sequence[Entry], notes: Sequence[str], data: Path, out: Path) -> str:
     """One page without outside references, except a link to the gallery that `dedup` drew, if it did."""
-    gallery = data / "dedup" / "gallery" / "index.html"
+    gallery = _gallery(data)
     steps = _steps(entries, data)
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return template.from_string(TEMPLATE.read_text()).render(
@@ -359,8 +383,13 @@ def _html(params: Compare, entries: Sequence[Entry], notes: Sequence[str], data:
         curves=_svg(_draw_curves, entries) if any(_checks(e) for e in entries) else None,
         heat=_heat(entries),
         classes=len(entries[0].evaluation.val.per_class),
+        mlflow=MLFLOW,
         gallery=Path(os.path.relpath(gallery, out)).as_posix() if gallery.exists() else None,
     )
+
+
+def _gallery(data: Path) -> Path:
+    return data / "dedup" / "gallery" / "index.html"
 
 
 def _best(entries: Sequence[Entry], baseline: str) -> Entry | None:
@@ -529,7 +558,7 @@ def _svg(draw: Callable[[Sequence[Entry]], Figure], entries: Sequence[Entry]) ->
     """The plot as an element of the page: the same bytes for the same figures, ids that no other plot uses, page colours."""
     text = io.StringIO()
     with mpl.rc_context(STYLE):
-        draw(entries).savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        draw(entries).savefig(text, format="svg", transparent=True)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{draw.__name__}-", svg)
@@ -542,5 +571,15 @@ def _svg(draw: Callable[[Sequence[Entry]], Figure], entries: Sequence[Entry]) ->
     return Markup(svg)
 
 
+def main() -> None:
+    if sys.argv[1:2] != ["--show"]:
+        stage.main(run)
+        return
+    try:
+        show(Path(sys.argv[2] if len(sys.argv) > 2 else "data/compare"))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    stage.main(run)
+    main()
