@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline import sift
 from tests.photographs import COPIES, badged, captioned, cropped, mirrored, photograph, recoded, smaller
@@ -45,8 +45,8 @@ def exhaustive(gallery: Sequence[np.ndarray], queries: Sequence[np.ndarray]) -> 
         near = [m for m, n in matcher.knnMatch(a[1], b[1], k=2) if m.distance < 0.75 * n.distance]
         if len(near) < 12:
             return False
-        source = np.float32([a[0][m.queryIdx].pt for m in near])
-        target = np.float32([b[0][m.trainIdx].pt for m in near])
+        source = np.array([a[0][m.queryIdx].pt for m in near], np.float32)
+        target = np.array([b[0][m.trainIdx].pt for m in near], np.float32)
         inside = cv2.findHomography(source, target, cv2.RANSAC, 4.0)[1]
         return inside is not None and int(inside.sum()) >= 12
 
@@ -87,7 +87,7 @@ def test_a_mirrored_descriptor_is_a_permutation():
 
 def test_mirroring_twice_changes_nothing():
     assert (sift.MIRROR[sift.MIRROR] == np.arange(128)).all()
-    assert (sift.MIRROR != np.arange(128)).any()
+    assert sift.MIRROR.tolist() != list(range(128))
 
 
 @pytest.mark.parametrize("name", COPIES)
@@ -97,17 +97,16 @@ def test_every_kind_of_copy_is_removed(name: str, originals: list[np.ndarray], g
 
 
 def test_finds_what_exhaustive_matching_finds_and_nothing_else(originals: list[np.ndarray], gallery: list[sift.Picture]):
-    kinds = list(COPIES.values())
-    copies = [kinds[i % len(kinds)](image) for i, image in enumerate(originals)]
-    queries = copies + [photograph(seed) for seed in range(100, 112)]
-    expected = exhaustive(originals, queries)
-    assert len(expected) >= 11
-    assert removed(index_of(gallery), gallery, [sift.extract(image) for image in queries]) == {(i, i) for i in range(12)}
-    assert expected <= {(i, i) for i in range(12)}
+    copies = [copy(image) for copy, image in zip(COPIES.values(), originals, strict=True)]
+    queries = copies[:8] + [photograph(seed) for seed in range(100, 104)]
+    expected = exhaustive(originals[:8], queries)
+    assert len(expected) >= 7
+    assert expected <= {(i, i) for i in range(8)}
+    assert removed(index_of(gallery), gallery, [sift.extract(image) for image in queries]) == {(i, i) for i in range(8)}
 
 
 def test_the_compressed_index_finds_the_same(originals: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, tmp_path):
-    gallery = [sift.extract(image) for image in originals + [photograph(seed) for seed in range(200, 230)]]
+    gallery = [sift.extract(image) for image in originals + [photograph(seed) for seed in range(200, 212)]]
     queries = [sift.extract(COPIES[name](originals[i])) for i, name in enumerate(list(COPIES)[:6])]
     exact = removed(index_of(gallery), gallery, queries)
     monkeypatch.setattr(sift, "EXACT", 0)
@@ -160,7 +159,8 @@ def test_a_thumbnail_is_compared_at_its_own_detail(originals: list[np.ndarray], 
     thumbnail = sift.extract(smaller(originals[2], 0.4))
     assert thumbnail.detail == 64
     match = sift.align(gallery[2], thumbnail, False)
-    assert match is not None and sift.compare(gallery[2], thumbnail, match.transform).zncc > 0.97
+    assert match is not None
+    assert sift.compare(gallery[2], thumbnail, match.transform).zncc > 0.97
 
 
 def test_a_plain_image_has_no_features_to_verify():

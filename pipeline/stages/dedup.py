@@ -1,8 +1,10 @@
 """The leak check: which images of the pool are copies of validation images, proof for each, and the pool without them."""
 
+import base64
 import csv
 import ctypes
 import functools
+import html
 import itertools
 import multiprocessing
 import signal
@@ -13,13 +15,14 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline import artifact, manifest, progress, sift, stage
 from pipeline.errors import UserError
@@ -39,7 +42,7 @@ FINDINGS = pa.schema(
         ("rule", pa.string()),
         ("inliers", pa.int32()),
         ("mirrored", pa.bool_()),
-        ("transform", pa.list_(pa.float64(), 9)),  # row by row, from the match's coordinates to the image's
+        ("transform", pa.list_(pa.float64())),  # 3 x 3, row by row, from the match's coordinates to the image's
         ("zncc", pa.float32()),
         ("local", pa.float32()),
         ("cover_image", pa.float32()),
@@ -104,7 +107,7 @@ def run(
     with artifact.writing(leaks_out) as tmp:
         pq.write_table(audit, tmp / "leaks.parquet", compression="zstd")
     with artifact.writing(gallery_out) as tmp:
-        (tmp / "index.html").write_text("")
+        (tmp / "index.html").write_text(page(audit, sets))
     return _metrics(audit, len(sets["pool"]), len(kept))
 
 
@@ -483,6 +486,121 @@ def _metrics(audit: pa.Table, images: int, kept: int) -> Row:
         "train_copies": len(distinct("train-val", "removed")),
         "train_review": len(distinct("train-val", "review", ["removed"])),
     }
+
+
+SHOWN = 200  # findings on the page; all are in leaks.parquet
+HEIGHT = 220  # pixels of an image on the page
+DOUBT = 0.65  # the score about which a finding could be decided either way
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Leak check</title>
+<style>
+:root {{ color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; margin: 0 0 .25rem; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }}
+th, td {{ border-bottom: 1px solid var(--line); padding: .2rem 1rem .2rem 0; text-align: left; }}
+td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+main {{ display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); }}
+figure {{ border: 1px solid var(--line); border-radius: .4rem; margin: 0; overflow: hidden; }}
+figure img {{ background: #808080; display: block; height: auto; width: 100%; }}
+figcaption {{ overflow-wrap: anywhere; padding: .6rem .8rem .8rem; }}
+.outcome {{ border-radius: .2rem; color: #fff; font-weight: 600; padding: .05rem .4rem; }}
+.removed {{ background: #b3261e; }} .review {{ background: #8a5a00; }} .unverifiable {{ background: #51606e; }}
+small {{ display: block; opacity: .8; }}
+code {{ font-size: .85em; }}
+</style>
+<h1>Leak check</h1>
+<p>{summary} Of a pair, the found image is on the left and its match on the right; lines join the features that agree on one
+transform, and the outline is where the left image lies in the right one. The most doubtful come first.
+To overrule a finding, add its line to <code>data/overrides.csv</code> with your reason, and run <code>dvc repro</code> again.</p>
+<table><tr><th>relation<th>outcome<th>images</tr>{counts}</table>
+<main>
+{figures}
+</main>
+</html>
+"""
+
+
+def page(audit: pa.Table, sets: Mapping[str, Manifest]) -> str:
+    """An HTML page, complete in itself, with the SHOWN most doubtful findings: images side by side, and what was measured."""
+    score = pc.fill_null(pc.abs(pc.subtract(audit["score"], DOUBT)), 2.0)
+    shown = audit.append_column("doubt", score).sort_by([(name, "ascending") for name in ("doubt", "relation", "id", "match_id")])
+    figures = "\n".join(_figure(row, sets) for row in shown.slice(0, SHOWN).to_pylist())
+    groups = audit.group_by(["relation", "outcome"]).aggregate([("id", "count_distinct")])
+    groups = groups.sort_by([("relation", "ascending"), ("outcome", "ascending")])
+    counts = "".join(
+        f"<tr><td>{row['relation'].replace('-', ' in ')}<td>{row['outcome']}<td class=number>{row['id_count_distinct']:,}</tr>"
+        for row in groups.to_pylist()
+    )
+    summary = f"{min(len(audit), SHOWN):,} of {len(audit):,} findings; all are in <code>leaks.parquet</code>."
+    return PAGE.format(summary=summary, counts=counts, figures=figures)
+
+
+def _figure(row: Row, sets: Mapping[str, Manifest]) -> str:
+    name, _, gallery = row["relation"].partition("-")
+    image = _image(row["id"], sets[name])
+    match = _image(row["match_id"], sets[gallery]) if row["match_id"] is not None else None
+    picture = _pair(image, match, row) if match is not None and image is not None and row["transform"] else image
+    shown = "" if picture is None else f'<img alt="" loading="lazy" src="data:image/webp;base64,{_webp(picture)}">'
+    measured = (
+        ""
+        if row["inliers"] is None
+        else (
+            f"{row['inliers']} features, correlation {row['zncc']:.2f}, {row['local']:.0%} of the windows agree, "
+            f"covers {row['cover_image']:.0%} of it and {row['cover_match']:.0%} of its match"
+        )
+    )
+    word = f"{row['override']} by hand: {html.escape(row['reason'])}" if row["override"] else "stays" if row["kept"] else "goes"
+    opposite = "remove" if row["kept"] else "keep"
+    overrule = f'<small><code>{html.escape(row["id"])},{opposite},"..."</code></small>' if name == "pool" else ""
+    pair = html.escape(row["id"]) + (f" in {html.escape(row['match_id'])}" if match is not None else "")
+    badge = f"<span class='outcome {row['outcome']}'>{row['outcome']}</span> {html.escape(row['rule'])}; {word}"
+    return f"<figure>{shown}<figcaption>{badge}<small>{pair}</small><small>{measured}</small>{overrule}</figcaption></figure>"
+
+
+def _image(image: str, images: Manifest) -> np.ndarray | None:
+    row = pc.index(images.table["id"], image).as_py()
+    try:
+        return decode(next(manifest.image_bytes(images, [row])))
+    except ImageRefused:
+        return None
+
+
+def _pair(image: np.ndarray, match: np.ndarray, row: Row) -> np.ndarray:
+    """Both images at HEIGHT beside each other (height, width, 3), with the inliers and the outline drawn."""
+    a, b = sift.extract(match), sift.extract(image)
+    left, right = (_at_height(pixels) for pixels in (image, match))
+    canvas = np.concatenate([left, np.full((HEIGHT, 8, 3), 128, np.uint8), right], axis=1)
+    shift = np.array([left.shape[1] + 8, 0.0])
+    found = sift.align(a, b, row["mirrored"])
+    if found is not None:
+        points_a = sift.mirrored(a.features, float(a.extent[0])).points if row["mirrored"] else a.features.points
+        ends_a, ends_b = points_a[found.pairs[:, 0], :2].astype(float), b.features.points[found.pairs[:, 1], :2] * max(left.shape)
+        if row["mirrored"]:
+            ends_a[:, 0] = a.extent[0] - ends_a[:, 0]
+        for start, end in zip(ends_b, ends_a * max(right.shape) + shift, strict=True):
+            cv2.line(canvas, _pixel(start), _pixel(end), (60, 220, 120), 1, cv2.LINE_AA)
+    outline = sift.project(np.linalg.inv(np.reshape(row["transform"], (3, 3))), sift.corners(b)) * max(right.shape) + shift
+    cv2.polylines(canvas, [np.array([_pixel(corner) for corner in outline])], True, (255, 170, 0), 2, cv2.LINE_AA)
+    return canvas
+
+
+def _at_height(image: np.ndarray) -> np.ndarray:
+    width = max(1, round(image.shape[1] * HEIGHT / image.shape[0]))
+    shrinks = image.shape[0] > HEIGHT
+    return cv2.resize(image, (width, HEIGHT), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def _pixel(point: np.ndarray) -> tuple[int, int]:
+    x, y = np.clip(np.rint(point), -9999, 9999).astype(int)
+    return int(x), int(y)
+
+
+def _webp(image: np.ndarray) -> str:
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return base64.b64encode(cv2.imencode(".webp", bgr, [cv2.IMWRITE_WEBP_QUALITY, 70])[1].tobytes()).decode()
 
 
 if __name__ == "__main__":
