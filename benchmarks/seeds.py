@@ -59,7 +59,7 @@ def workspace(recipe: Path, seed: int, threads: int) -> Path:
         raw.symlink_to((ROOT / "data" / "raw").resolve())
     params = yaml.safe_load(recipe.read_text())
     params["seed"] = seed
-    params["machine"] = {**(params.get("machine") or {}), "threads": threads, "workers": threads}
+    params["machine"] = {**(params.get("machine") or {}), "threads": threads}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     local = f'[core]\n    no_scm = true\n[cache]\n    dir = "{ROOT / ".dvc" / "cache"}"\n'
     (folder / ".dvc" / "config.local").write_text(local)
