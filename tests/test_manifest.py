@@ -55,6 +55,14 @@ def test_the_bytes_depend_on_the_rows_alone(tmp_path):
     assert files[0] == files[1] == files[2]
 
 
+def test_the_bytes_do_not_depend_on_chunks_in_memory(tmp_path):
+    """Arrow ends a Parquet page where a chunk ends, once the page is large enough."""
+    table = rows([f"{i:08}/a/somewhat/longer/name.jpg" for i in range(60_000)])
+    written(tmp_path / "whole", table)
+    written(tmp_path / "chunks", pa.concat_tables([table.slice(at, 700) for at in range(0, len(table), 700)]))
+    assert (tmp_path / "whole" / manifest.FILE).read_bytes() == (tmp_path / "chunks" / manifest.FILE).read_bytes()
+
+
 def test_rows_are_sorted_by_the_bytes_of_their_ids(tmp_path):
     got = written(tmp_path / "m", rows(["b", "a/10", "a/9", "ä", "B"]))
     assert got.table["id"].to_pylist() == sorted(["b", "a/10", "a/9", "ä", "B"], key=str.encode)

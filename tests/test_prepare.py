@@ -164,12 +164,17 @@ def test_classes_may_have_an_order_of_their_own(root, tmp_path):
 def test_workers_and_the_order_of_files_change_no_byte(root, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHUNK", 4)
     folder_of(root / "loose", {"a.jpg": jpeg(90), "b/c.jpg": jpeg(91), "bad.jpg": b"x", "awful.jpg": b"", "c.txt": b"x"})
-    source = {"pool": [{"kind": "folder", "path": "loose"}, {"kind": "tar", "path": "pool-*.tar"}], "per_class": 3}
+    folder_of(root / "photos", jpegs(CLASSES, seed=6))
+    source: dict[str, Any] = {
+        "labelled": [{"kind": "folder", "path": "photos"}],
+        "pool": [{"kind": "folder", "path": "loose"}, {"kind": "tar", "path": "pool-*.tar"}],
+        "per_class": 3,
+    }
     first = Prepared(tmp_path / "0", params(root, **source), workers=1).files()
     listing = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda folder: reversed(list(listing(folder))))
     monkeypatch.setattr(sources, "CHUNK", 3)
-    source["pool"].reverse()  # type: ignore[attr-defined]
+    source["pool"].reverse()
     assert Prepared(tmp_path / "1", params(root, **source), workers=4).files() == first
 
 
