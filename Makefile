@@ -25,7 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 run: $(STAMP)  ## the whole job of params.yaml: by default on scenes that winnow draws
 	dvc repro
 	@python -m pipeline.tracking flush
-	@python -m pipeline.stages.compare --show data/compare
+	@python -m pipeline.stages.compare --show data/compare/results
 
 test: $(STAMP) lint  ## lint, types, import contract, unit tests, the whole DAG on tiny images
 	python -m pytest

@@ -1,6 +1,6 @@
 """Put all evaluations side by side: one table, and one report that opens from disk.
 
-python -m pipeline.stages.compare --show data/compare       # the table once more, and where to look next
+python -m pipeline.stages.compare --show data/compare/results       # the table once more, and where to look next
 """
 
 import csv
@@ -576,7 +576,7 @@ def main() -> None:
         stage.main(run)
         return
     try:
-        show(Path(sys.argv[2] if len(sys.argv) > 2 else "data/compare"))
+        show(Path(sys.argv[2] if len(sys.argv) > 2 else "data/compare/results"))
     except UserError as error:
         sys.exit(f"error: {error}")
 
