@@ -31,10 +31,11 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time, sharing the cores")
+    parser.add_argument("--commit", default="HEAD", help="the code to run")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     args = parser.parse_args()
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    folders = [workspace(args.recipe, seed, threads) for seed in args.seeds]
+    folders = [workspace(args.recipe, seed, threads, args.commit) for seed in args.seeds]
     start = time.monotonic()
     shared = [name for name in UNSEEDED if name in yaml.safe_load(args.recipe.read_text())]
     reproduce(folders[0], *shared)
@@ -47,11 +48,11 @@ def main() -> None:
         args.out.write_text(f"`{command}`\n\n{text}")
 
 
-def workspace(recipe: Path, seed: int, threads: int) -> Path:
-    """The files of the last commit with the recipe as its params, and DVC's cache shared."""
+def workspace(recipe: Path, seed: int, threads: int, commit: str) -> Path:
+    """The files of a commit with the recipe as its params, and DVC's cache shared."""
     folder = ROOT / ".scratch" / "seeds" / f"{recipe.stem}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    committed = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
+    committed = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(committed)) as tar:
         tar.extractall(folder, filter="data")
     raw = folder / "data" / "raw"
