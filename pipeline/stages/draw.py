@@ -51,7 +51,7 @@ class Draw(Section):
 
     seed: NonNegativeInt
     size: int = Field(96, ge=96)
-    labelled: PositiveInt = 40
+    labelled: PositiveInt = 50
     val: PositiveInt = 100
     in_class: PositiveInt = 3_000
     out_of_class: PositiveInt = 5_000
