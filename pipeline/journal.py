@@ -34,7 +34,7 @@ class Journal:
     """What one run of a stage tells about itself, one JSON line at a time, each handed to the system at once.
 
     The file is locked as long as the stage lives: that is how the mirror tells a dead writer from a silent one. An error of the
-    disk is said once on stderr and never reaches the stage.
+    disk, or a damaged file of another stage, is said once on stderr and never stops this one.
     """
 
     def __init__(self, path: Path | None = None, begin: Mapping[str, Any] | None = None) -> None:
@@ -74,9 +74,11 @@ class Journal:
     def _never_fatal(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, ValueError, KeyError) as error:
             if not self._complained:
-                sys.stderr.write(f"warning: the journal {self._path} is incomplete, and so will be its run in MLflow: {error}\n")
+                sys.stderr.write(
+                    f"warning: the journal {self._path} is incomplete, and so will be its run in MLflow: {error!r}\n"
+                )
             self._complained = True
 
 

@@ -273,22 +273,44 @@ def test_switched_off(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_disk_is_told_once_and_stops_nothing(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
     def stage() -> None:
         kept = open_journal(record("teach.teacher"), FOLDER)
+        (file,) = FOLDER.glob("*.jsonl")
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (next(FOLDER.glob("*.jsonl")).stat().st_size + 250, most))
-        for step in range(100):
-            kept.log(step=step, loss=1.0)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        kept.log(step=100, loss=1.0)
+        for first, lines, room in ((0, 1, 10), (2, 3, 0)):  # a line torn apart, then three lines without any room
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + room, most))
+            for step in range(first, first + lines):
+                kept.log(step=step, loss=1.0)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            kept.log(step=first + lines, loss=1.0)
         kept.finish("FINISHED", {"accuracy": 0.5}, [])
 
     assert in_a_process(stage) == 0
     assert capfd.readouterr().err.count("warning: the journal") == 1
     send()
     run = the_run(store)
-    steps = [step for step, _ in history(store, run, "loss")]
-    assert steps[-1] == 100
-    assert 1 < len(steps) < 10
+    assert [step for step, _ in history(store, run, "loss")] == [1, 5]
     assert (run.info.status, run.data.metrics["accuracy"]) == ("FINISHED", 0.5)
+
+
+def test_a_line_that_is_still_being_written_is_waited_for(store: Store) -> None:
+    kept = open_journal(record("teach.teacher"), FOLDER)
+    (file,) = FOLDER.glob("*.jsonl")
+    mirror = Mirror(FOLDER)
+    for part in ('{"event": "metrics", "time": 1.0, "st', 'ep": 4, "values": {"loss": 2.0}}\n'):
+        with file.open("a") as f:
+            f.write(part)
+        mirror.poll()
+    assert history(store, the_run(store), "loss") == [(4, 2.0)]
+    kept.finish("FINISHED", {}, [])
+
+
+def test_a_damaged_metrics_file_does_not_stop_the_comparison(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    teacher = record("teach.teacher")
+    execute(teacher, accuracy=0.5)
+    Path("data/teach/teacher.json").write_text('{"accuracy": ')
+    execute(record("compare", made_of=(teacher,)), models=1)
+    assert capfd.readouterr().err.count("warning: the journal") == 1
+    send()
+    assert {run.info.status for run in runs(store)} == {"FINISHED"}
 
 
 def test_no_place_for_a_journal_stops_nothing(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
@@ -301,7 +323,7 @@ class Crash(BaseException):
     """What a kill -9 is to a process, a BaseException is to a mirror in a test: nothing is tidied up."""
 
 
-def crash_at(monkeypatch: pytest.MonkeyPatch, call: int, done: bool) -> list[str]:
+def crash_at(monkeypatch: pytest.MonkeyPatch, call: int, done: bool, end: type[BaseException] = Crash) -> list[str]:
     """Crash in the n-th request that changes something in MLflow: before it is done, or after."""
     calls: list[str] = []
 
@@ -311,10 +333,10 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, call: int, done: bool) -> list[str
         def wrapped(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
             calls.append(name)
             if len(calls) == call and not done:
-                raise Crash
+                raise end
             value = method(self, *args, **kwargs)
             if len(calls) == call:
-                raise Crash
+                raise end
             return value
 
         return wrapped
@@ -378,6 +400,20 @@ def test_a_mirror_killed_at_any_step_repeats_nothing(store: Store, project: Path
             assert scene(call, done=False)[0] == undisturbed, call
 
 
+@pytest.mark.parametrize("end", [Crash, TimeoutError])
+def test_a_run_is_not_created_twice(end: type[BaseException], store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Created, but the answer never came: the mirror was killed, or the server was too slow and the same mirror tries again."""
+    execute(record("teach.teacher"), accuracy=0.5)
+    mirror = Mirror(FOLDER)
+    with monkeypatch.context() as patch, contextlib.suppress(Crash):
+        crash_at(patch, 1, done=True, end=end)
+        mirror.poll()
+    if end is Crash:
+        mirror = Mirror(FOLDER)
+    mirror.poll()
+    assert the_run(store).data.metrics == {"accuracy": 0.5, "loss": 1.0}
+
+
 def test_a_comparison_is_whole_whatever_dvc_skipped_or_restored(store: Store) -> None:
     teacher, student = record("teach.teacher"), record("distil.ssld")
     execute(teacher, accuracy=0.9)
@@ -405,7 +441,8 @@ def test_a_comparison_is_whole_whatever_dvc_skipped_or_restored(store: Store) ->
         "distil.ssld": "executed",
         "distil.lost": "restored",
     }
-    assert found["teach.teacher"].data.tags["winnow.source"] == children(first)["teach.teacher"].info.run_id
+    original = children(first)["teach.teacher"].info.run_id
+    assert found["teach.teacher"].data.tags["winnow.source"] == original
     assert found["teach.teacher"].data.metrics["accuracy"] == 0.9
     assert found["distil.lost"].data.metrics == {"accuracy": 0.6, "of.ant": 1.0}
     assert found["distil.lost"].data.params["loss.name"] == "js"
@@ -423,6 +460,11 @@ def test_a_comparison_is_whole_whatever_dvc_skipped_or_restored(store: Store) ->
     assert "3 stages: 1 executed, 1 unchanged, 1 restored" in parent.data.tags["mlflow.note.content"]
     table = json.loads(Path(store.client.download_artifacts(parent.info.run_id, "runs.json")).read_text())
     assert {row[0]: row[2] for row in table["data"]} == {name: run.info.run_id for name, run in found.items()}
+
+    execute(record("compare", "3", made_of=(teacher,)))
+    send()
+    third = next(run for run in runs(store) if run.data.tags["winnow.key"] == record("compare", "3")["key"])
+    assert children(third)["teach.teacher"].data.tags["winnow.source"] == original, "not a copy of a copy"
 
 
 def test_a_stage_repeated_alone_does_not_lend_its_metrics_to_the_older_run(store: Store) -> None:
