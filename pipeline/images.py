@@ -122,11 +122,20 @@ def _exif_orientation(exif: bytes) -> int:
 
 def _other_header(data: bytes) -> _Header:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
-    turn = 1
-    if image.format != "TIFF":  # which Pillow turns itself
-        with contextlib.suppress(Exception):
-            turn = image.getexif().get(ORIENTATION, 1)
+    exif = _png_exif(data) if image.format == "PNG" else image.info.get("exif", b"")
+    turn = _exif_orientation(exif) if image.format != "TIFF" else 1  # which Pillow turns itself
     return _Header(*image.size, image.mode, turn, image)
+
+
+def _png_exif(png: bytes) -> bytes:
+    """The chunk may stand behind the pixels: to ask Pillow for it unpacks them, and 132 bytes can claim to be 10 GB."""
+    at = 8
+    while at + 8 <= len(png):
+        length = int.from_bytes(png[at : at + 4], "big")
+        if png[at + 4 : at + 8] == b"eXIf":
+            return png[at + 8 : at + 8 + length]
+        at += 12 + length
+    return b""
 
 
 def _jpeg(data: bytes, mode: str) -> np.ndarray:

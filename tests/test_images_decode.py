@@ -73,6 +73,24 @@ def test_exif_is_found_behind_large_and_damaged_segments():
     assert size_of(data) == (40, 60)
 
 
+def test_exif_is_found_behind_the_pixels_of_a_png():
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(content)) + b"eXIf" + content + struct.pack(">I", zlib.crc32(b"eXIf" + content))
+    plain = encoded(WIDE, "PNG")
+    data = plain[:-12] + chunk + plain[-12:]
+    assert np.array_equal(decode(data), turned(WIDE, 6))
+    assert size_of(data) == (40, 60)
+
+
+def test_the_header_is_read_without_the_pixels(monkeypatch):
+    for decoder in ("PIL.ImageFile.ImageFile.load", "simplejpeg.decode_jpeg"):
+        monkeypatch.setattr(decoder, lambda *_, **__: pytest.fail("unpacked"))
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"):
+        assert size_of(encoded(WIDE, kind)) == (60, 40), kind
+
+
 def test_exif_in_the_pixels_of_a_jpeg_is_no_orientation():
     data = encoded(WIDE, "JPEG", quality=100, comment=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0")
     assert decode(data).shape == (40, 60, 3)
@@ -266,7 +284,9 @@ def large_png(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("measure", [decode, size_of])
-def test_an_oversized_header_is_refused_before_memory_is_taken(measure):
+def test_an_oversized_header_is_refused_before_memory_is_taken(measure, monkeypatch):
+    for decoder in ("PIL.ImageFile.ImageFile.load", "simplejpeg.decode_jpeg"):
+        monkeypatch.setattr(decoder, lambda *_, **__: pytest.fail("unpacked"))
     with pytest.raises(ImageRefused, match=r"^oversized: 60000 x 50000 pixels by its header$"):
         measure(large_png(60_000, 50_000))
     jpeg_header = bytearray(jpeg(1, 16))
