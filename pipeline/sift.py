@@ -166,7 +166,10 @@ def align(a: Picture, b: Picture, mirror: bool) -> Match | None:
     if len(pairs) < MIN_INLIERS:
         return None
     p, q = features.points[pairs[:, 0]], b.features.points[pairs[:, 1]]
-    transform, inside = _refine(p, q, _best_similarity(p, q))
+    similarity = _best_similarity(p, q)
+    if similarity is None:
+        return None
+    transform, inside = _refine(p, q, similarity)
     pairs = _distinct(pairs[inside], p[inside], q[inside])
     if len(pairs) < MIN_INLIERS or not _plausible(transform, a):
         return None
@@ -190,7 +193,7 @@ def _pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.stack([nearest[clear], rows[clear]], 1)
 
 
-def _best_similarity(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+def _best_similarity(p: np.ndarray, q: np.ndarray) -> np.ndarray | None:
     scale = q[:, 2] / p[:, 2]
     turn = scale * np.exp(1j * (q[:, 3] - p[:, 3]))  # n
     zp, zq = p[:, 0] + 1j * p[:, 1], q[:, 0] + 1j * q[:, 1]
@@ -198,6 +201,8 @@ def _best_similarity(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     off = np.abs(turn[:, None] * zp + shift[:, None] - zq)  # n hypotheses, n pairs
     votes = (off < LOOSE * np.minimum(scale, 1)[:, None]).sum(1)
     best = int(votes.argmax())
+    if votes[best] < MIN_INLIERS:
+        return None
     c, s, t = turn[best].real, turn[best].imag, shift[best]
     return np.array([[c, -s, t.real], [s, c, t.imag], [0, 0, 1]])
 
@@ -403,7 +408,6 @@ def bag(features: Sequence[Features], first: int = 0) -> Bag:
 
 
 EXACT = 20_000  # up to this many index entries a flat index is fast enough, and misses nothing
-LIST = 1000  # entries per list of the inverted file
 PROBES = 4
 NEIGHBOURS = 8
 VOTES = 3  # a candidate has at least this many, and this many of one accord about where the one image lies in the other
@@ -503,7 +507,7 @@ def _empty_index(entries: int, sample: np.ndarray) -> Any:
     faiss.omp_set_num_threads(1)  # k-means and search give the same bits whatever the number of cores
     if entries <= EXACT:
         return faiss.IndexFlatL2(128)
-    lists = entries // LIST
+    lists = round(entries**0.5)  # then finding the lists costs about as much as reading PROBES of them
     index = faiss.index_factory(128, f"PCA64,IVF{lists},PQ32x4fs")
     inverted: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
     inverted.nprobe = PROBES

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -222,6 +222,12 @@ def _start_worker() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+class Gallery(Protocol):
+    """Pictures by row; None where the image could not be decoded."""
+
+    def __getitem__(self, row: int) -> sift.Picture | None: ...
+
+
 class Store:
     """Pictures of `count` images on disk, read one by one: `store[row]`; None where the image could not be decoded."""
 
@@ -322,24 +328,34 @@ def _opened(gallery: Path, count: int) -> tuple[sift.VotingIndex, Store]:
 
 @_one_thread
 def match_shard(shard: Shard, gallery: Path, count: int, itself: bool) -> int:
-    """Write the findings of a shard: its images that are copies of images of the gallery, and those that cannot be checked."""
+    """Write the findings of a shard against a described gallery of `count` images; returns the number of images."""
     index, store = _opened(gallery, count)
+    images = len(_unpack(shard.images))
+    rows = findings(_pictures(shard), index, store, shard.first, itself)
+    with artifact.writing_file(shard.file) as tmp:
+        pq.write_table(pa.Table.from_pylist(rows, FINDINGS), tmp)
+    return images
+
+
+def findings(
+    pictures: Iterator[sift.Picture | None], index: sift.VotingIndex, gallery: Gallery, first: int = 0, itself: bool = False
+) -> list[Row]:
+    """The images that are copies of gallery images, and those that cannot be checked, as rows of FINDINGS.
+
+    `first`: the row of the first image; `itself`: the gallery is the set that the images are from, so none shall find itself.
+    """
     rows: list[Row] = []
-    first = shard.first
-    for batch in _batches(_pictures(shard)):
-        here = range(first, first + len(batch))
+    for batch in _batches(pictures):
         queries = sift.bag([picture.features if picture else sift.NO_FEATURES for picture in batch])
-        candidates = index.shortlist(queries, np.arange(here.start, here.stop) if itself else None)
-        found = _verified(batch, candidates, store)
+        candidates = index.shortlist(queries, np.arange(first, first + len(batch)) if itself else None)
+        found = verified(batch, candidates, gallery)
         rows += [row | {"row": first + row["row"]} for row in found]
         removed = {row["row"] for row in found if row["outcome"] == "removed"}
         for i, picture in enumerate(batch):
             if (picture is None or len(picture.features) < sift.VERIFIABLE) and i not in removed:
                 rows.append(_unverifiable(first + i, UNDECODABLE if picture is None else TOO_FEW))
         first += len(batch)
-    with artifact.writing_file(shard.file) as tmp:
-        pq.write_table(pa.Table.from_pylist(rows, FINDINGS), tmp)
-    return first - shard.first
+    return rows
 
 
 def _batches(pictures: Iterator[sift.Picture | None]) -> Iterator[list[sift.Picture | None]]:
@@ -347,11 +363,11 @@ def _batches(pictures: Iterator[sift.Picture | None]) -> Iterator[list[sift.Pict
         yield batch
 
 
-def _verified(batch: Sequence[sift.Picture | None], candidates: sift.Candidates, store: Store) -> list[Row]:
+def verified(batch: Sequence[sift.Picture | None], candidates: sift.Candidates, gallery: Gallery) -> list[Row]:
     """A row per pair of a query of the batch and a gallery image that is more than chance."""
     found: dict[tuple[int, int], Row] = {}
     for query, row, mirror in zip(*(column.tolist() for column in candidates), strict=True):
-        a, b = store[row], batch[query]
+        a, b = gallery[row], batch[query]
         match = sift.align(a, b, mirror) if a and b else None
         if a is None or b is None or match is None:
             continue

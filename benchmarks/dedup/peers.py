@@ -1,0 +1,61 @@
+"""What the leak check is compared with: exhaustive SIFT matching, and a perceptual hash."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import imagehash  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import numpy as np
+from PIL import Image
+
+from pipeline import sift
+
+RATIO = 0.8  # Lowe 2004
+REPROJECTION = 0.02  # RANSAC's tolerance, in units of the longest side
+
+
+class Exhaustive:
+    """Each query matched with each gallery image and its mirror image; the score is RANSAC's inliers of a homography."""
+
+    def __init__(self, gallery: Sequence[sift.Picture]) -> None:
+        both = [f for p in gallery for f in (p.features, sift.mirrored(p.features, float(p.extent[0])))]
+        self.starts = np.r_[0, np.cumsum([len(f) for f in both])]
+        self.points = np.concatenate([f.points for f in both])[:, :2]
+        self.descriptors = np.concatenate([f.descriptors for f in both]).astype(np.float32)
+        self.norms = (self.descriptors**2).sum(1)
+
+    def scores(self, query: sift.Picture) -> np.ndarray:
+        """(gallery images,) inliers."""
+        q = query.features.descriptors.astype(np.float32)
+        distance = self.norms - 2 * q @ self.descriptors.T + (q**2).sum(1)[:, None]
+        nearest = np.minimum.reduceat(distance, self.starts[:-1], axis=1)
+        inliers = []
+        for i, (start, end) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
+            segment = distance[:, start:end]
+            rows = segment.argmin(1)
+            segment[np.arange(len(q)), rows] = np.inf
+            good = nearest[:, i] < RATIO**2 * segment.min(1)
+            inliers.append(self._agree(self.points[start + rows[good]], query.features.points[good, :2]))
+        return np.array(inliers).reshape(-1, 2).max(1)
+
+    @staticmethod
+    def _agree(a: np.ndarray, b: np.ndarray) -> int:
+        if len(a) < 4:
+            return 0
+        mask = cv2.findHomography(a.astype(np.float64), b.astype(np.float64), cv2.RANSAC, REPROJECTION)[1]
+        return 0 if mask is None else int(mask.sum())
+
+
+class PHash:
+    """`imagehash.phash`; the score is the number of the 64 bits that agree."""
+
+    def __init__(self, gallery: Sequence[np.ndarray]) -> None:
+        self.bits = np.stack([self._bits(image) for image in gallery])
+
+    @staticmethod
+    def _bits(image: np.ndarray) -> np.ndarray:
+        hashed: Any = imagehash.phash(Image.fromarray(image))
+        return np.asarray(hashed.hash).ravel()
+
+    def scores(self, query: np.ndarray) -> np.ndarray:
+        return (self.bits == self._bits(query)).sum(1)

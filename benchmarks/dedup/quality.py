@@ -1,0 +1,163 @@
+"""Recall per family of copies, beside exhaustive matching and pHash; and what a shared overlay does to different photographs."""
+
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from benchmarks.dedup import families
+from benchmarks.dedup.peers import Exhaustive, PHash
+from pipeline import progress, sift
+from pipeline.images import decode
+from pipeline.stages import dedup
+
+Score = Callable[[np.ndarray, sift.Picture], np.ndarray]
+
+
+def photographs(tar: Path, seed: int) -> list[np.ndarray]:
+    """The images of an uncompressed tar, decoded, in an order drawn by `seed`."""
+    with tarfile.open(tar) as archive:
+        members = sorted((m for m in archive if m.isfile()), key=lambda m: m.name)
+        data = [archive.extractfile(m).read() for m in members]  # type: ignore[union-attr]
+    return [decode(data[i]) for i in np.random.default_rng(seed).permutation(len(data))]
+
+
+class Ours:
+    """The leak check as the stage runs it, on images in memory."""
+
+    def __init__(self, gallery: list[sift.Picture]) -> None:
+        bag = sift.bag([picture.features for picture in gallery])
+        self.gallery = gallery
+        self.index = sift.VotingIndex.build(len(bag.owner), [bag], bag.descriptors)
+
+    def scores(self, query: sift.Picture) -> np.ndarray:
+        """(gallery images,) 2 removed, 1 review, 0 nothing."""
+        scores = np.zeros(len(self.gallery))
+        for row in dedup.findings(iter([query]), self.index, self.gallery):
+            if row.get("match") is not None:
+                scores[row["match"]] = 2 if row["outcome"] == "removed" else 1
+        return scores
+
+
+def same_rule_without_index(gallery: list[sift.Picture], query: sift.Picture) -> np.ndarray:
+    """As `Ours.scores`, with every gallery image a candidate, mirrored too: what the index may lose at most."""
+    count = np.arange(len(gallery))
+    every = sift.Candidates(np.zeros(2 * len(gallery), int), np.repeat(count, 2), np.tile([False, True], len(gallery)))
+    scores = np.zeros(len(gallery))
+    for row in dedup.verified([query], every, gallery):
+        scores[row["match"]] = 2 if row["outcome"] == "removed" else 1
+    return scores
+
+
+class Tally:
+    """Scores of right pairs by method and family, the highest of a wrong pair by method, and distractors that ours flags."""
+
+    def __init__(self, methods: dict[str, Score]) -> None:
+        self.methods = methods
+        self.right: dict[str, dict[str, list[float]]] = {method: {} for method in methods}
+        self.wrong = dict.fromkeys(methods, 0.0)
+        self.removed = self.review = 0
+
+    def distractor(self, image: np.ndarray) -> None:
+        picture = sift.extract(image)
+        for method, scores in self.methods.items():
+            best = scores(image, picture).max()
+            self.wrong[method] = max(self.wrong[method], best)
+            if method == OURS:
+                self.removed += best == REMOVED
+                self.review += best == REVIEW
+
+    def copy(self, kind: str, image: np.ndarray, original: int) -> None:
+        picture = sift.extract(image)
+        for method, scores in self.methods.items():
+            of = scores(image, picture)
+            self.right[method].setdefault(kind, []).append(of[original])
+            self.wrong[method] = max(self.wrong[method], np.delete(of, original).max())
+
+    def table(self) -> str:
+        """Recall at zero false positives: a peer's threshold lies just above its highest score for any wrong pair."""
+        needed = {method: top + 1 for method, top in self.wrong.items()} | {OURS: REMOVED, UNINDEXED: REMOVED}
+        lines = [f"| copies | ours removed | and review | {UNINDEXED} | {EXHAUSTIVE} | {PHASH} |", "| --- " + "| ---: " * 5 + "|"]
+        for kind in self.right[OURS]:
+            share = {m: float(np.mean(np.array(self.right[m][kind]) >= needed[m])) for m in self.methods}
+            review = float(np.mean(np.array(self.right[OURS][kind]) >= REVIEW))
+            rest = " | ".join(f"{share[m]:.3f}" for m in (UNINDEXED, EXHAUSTIVE, PHASH))
+            lines.append(f"| {kind} | {share[OURS]:.3f} | {review:.3f} | {rest} |")
+        return "\n".join(lines)
+
+
+OURS, UNINDEXED, EXHAUSTIVE, PHASH = "ours", "same rule, every pair", "exhaustive SIFT", "pHash"
+REMOVED, REVIEW = 2.0, 1.0
+
+
+def recall(images: Path, gallery_size: int, copies: int, seed: int) -> str:
+    """The table of recalls per family of copies; the photographs that are not in the gallery are the distractors."""
+    photos = photographs(images, seed)
+    originals, others = photos[:gallery_size], photos[gallery_size:]
+    gallery = [sift.extract(image) for image in originals]
+    ours, exhaustive, phash = Ours(gallery), Exhaustive(gallery), PHash(originals)
+    tally = Tally(
+        {
+            OURS: lambda _, picture: ours.scores(picture),
+            UNINDEXED: lambda _, picture: same_rule_without_index(gallery, picture),
+            EXHAUSTIVE: lambda _, picture: exhaustive.scores(picture),
+            PHASH: lambda image, _: phash.scores(image),
+        }
+    )
+    kinds = families.families(others)
+    with progress.bar(len(kinds) * copies + len(others), "images", "quality") as shown:
+        for image in others:
+            tally.distractor(image)
+            shown.update(1)
+        for kind, family in kinds.items():
+            for i in range(copies):
+                tally.copy(kind, np.ascontiguousarray(family(originals[i], np.random.default_rng([seed, i]))), i)
+                shown.update(1)
+    note = (
+        f"{gallery_size} photographs as the gallery, {copies} copies per family, {len(others)} distractors, seed {seed}. "
+        f"Of the distractors ours removes {tally.removed} and puts {tally.review} up for review. Highest score of a wrong pair: "
+        f"exhaustive {tally.wrong[EXHAUSTIVE]:.0f} inliers, pHash {tally.wrong[PHASH]:.0f} of 64 bits, ours "
+        f"{('nothing', 'review', 'removed')[int(tally.wrong[OURS])]}."
+    )
+    return f"{tally.table()}\n\n{note}"
+
+
+WORDS = "VRMFGABADVRYMP"
+OVERLAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "nothing": lambda image: image,
+    "logo, 0.3 of the short side": families.draw_logo,
+    "logo, 0.5 of the short side": lambda image: families.draw_logo(image, 0.5),
+    "caption bar, 1/5 of the height": lambda image: families.draw_caption(image, WORDS),
+    "caption bar, 2/5 of the height": lambda image: families.draw_caption(image, WORDS, 0.4),
+    "two lines of text": lambda image: families.draw_text(image, [WORDS, WORDS[::-1]]),
+    "a frame and a caption bar": lambda image: families.draw_caption(
+        cv2.copyMakeBorder(image, 40, 40, 40, 40, cv2.BORDER_CONSTANT, value=(30, 90, 60)), WORDS
+    ),
+}
+
+
+def logos(images: Path, count: int, seed: int) -> str:
+    """Pairs of different photographs, 4:3, with the same overlay: what inlier counts would do, and what the rule does."""
+    photos = [cv2.resize(image, (400, 300), interpolation=cv2.INTER_AREA) for image in photographs(images, seed)[:count]]
+    lines = ["| overlay | pairs | at least 8 inliers | most inliers | removed | review |", "| --- " + "| ---: " * 5 + "|"]
+    for name, overlay in OVERLAYS.items():
+        pictures = [sift.extract(overlay(image)) for image in photos]
+        pairs = [(a, b) for i, a in enumerate(pictures) for b in pictures[:i]]
+        seen = list(_judged(progress.track(pairs, len(pairs), "pairs", f"logos: {name}")))
+        inliers = np.array([n for n, _ in seen])
+        outcomes = [outcome for _, outcome in seen]
+        counts = f"{outcomes.count('removed')} | {outcomes.count('review')}"
+        lines.append(f"| {name} | {len(pairs):,} | {np.mean(inliers >= 8):.1%} | {inliers.max()} | {counts} |")
+    return "\n".join([*lines, "", f"{count} photographs, every pair of them, seed {seed}."])
+
+
+def _judged(pairs: Iterable[tuple[sift.Picture, sift.Picture]]) -> Iterable[tuple[int, str | None]]:
+    for a, b in pairs:
+        match = sift.align(a, b, False)
+        if match is None:
+            yield 0, None
+        else:
+            likeness = sift.compare(a, b, match.transform)
+            yield match.inliers, sift.judge(match.inliers, likeness, min(a.detail, b.detail)).outcome
