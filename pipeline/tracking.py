@@ -20,6 +20,8 @@ import hashlib
 import itertools
 import json
 import os
+import posixpath
+import re
 import shutil
 import sys
 import time
@@ -49,6 +51,7 @@ IDLE_SECONDS = 20.0
 GIVE_UP_SECONDS = 120.0
 LONGEST_WAIT_SECONDS = 60.0
 STRIKES = 3
+TAG_LIMIT = 5000
 
 MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -357,7 +360,7 @@ class Mirror:
     def _end(self, journal: Waiting, store: Store, run_id: str, end: dict[str, Any]) -> None:
         client, record = store.client, journal.record
         if end.get("error"):
-            client.set_tag(run_id, "winnow.error", _text(end["error"], 5000))
+            client.set_tag(run_id, "winnow.error", _text(end["error"], TAG_LIMIT))
         if journal.state.dvc_lock:
             client.set_tag(run_id, "winnow.dvc_lock", journal.state.dvc_lock)
         files = journal.path.with_suffix(".files")
@@ -391,13 +394,21 @@ class Mirror:
             all_params |= {f"{name}.{k}": v for k, v in _params(record).items()}
             all_metrics |= {f"{name}.{k}": v for k, v in metrics.items()}
             link = f"#/experiments/{store.experiment_id}/runs/{child.info.run_id}"
-            rows.append([name, child.data.tags["winnow.status"], child.info.run_id, link, key])
+            status = child.data.tags["winnow.status"]
+            rows.append({"stage": name, "status": status, "run_id": child.info.run_id, "link": link, "key": key})
         store.log(parent, all_params, [(name, value, end["time"], 0) for name, value in all_metrics.items()])
         table.parent.mkdir(exist_ok=True)
-        table.write_text(json.dumps({"columns": ["stage", "status", "run_id", "link", "key"], "data": rows}, indent=1))
-        counts = Counter(row[1] for row in rows)
-        note = ", ".join(f"{counts[status]} {status}" for status in ("executed", "unchanged", "restored"))
-        store.client.set_tag(parent, "mlflow.note.content", f"{len(rows)} stages: {note}; runs.json lists them.")
+        table.write_text(json.dumps(rows, indent=1) + "\n")
+        store.client.set_tag(parent, "mlflow.note.content", _note(rows))
+
+
+def _note(rows: list[dict[str, str]]) -> str:
+    """What MLflow shows as the description of a comparison: its stages, with links to their runs."""
+    counts = Counter(row["status"] for row in rows)
+    summary = f"{len(rows)} stages: " + ", ".join(f"{counts[s]} {s}" for s in ("executed", "unchanged", "restored"))
+    table = "".join(f"\n| [{row['stage']}]({row['link']}) | {row['status']} |" for row in rows)
+    note = f"{summary}\n\n| stage | status |\n| --- | --- |{table}"
+    return note if len(note) <= TAG_LIMIT else f"{summary}; runs.json lists them."
 
 
 def _child(store: Store, parent: str, record: Mapping[str, Any], metrics: dict[str, float], now: float, unfinished: Any) -> Any:
@@ -460,13 +471,13 @@ def _experiment_id(client: Any, name: str, own: bool) -> str:
 def _tags(record: Mapping[str, Any], status: str) -> dict[str, str]:
     inputs = {name: {"path": i["path"], "identity": i["identity"]} for name, i in record["inputs"].items()}
     text = json.dumps(inputs)
-    if len(text) > 5000:
+    if len(text) > TAG_LIMIT:
         text = json.dumps({i["path"]: i["identity"][:12] for i in inputs.values()})
     return {
         "winnow.stage": record["stage"],
         **({"winnow.entry": record["entry"]} if record["entry"] else {}),
         "winnow.key": record["key"],
-        "winnow.inputs": _text(text, 5000),
+        "winnow.inputs": _text(text, TAG_LIMIT),
         "winnow.status": status,
         "mlflow.source.name": " ".join(filter(None, (f"python -m pipeline.stages.{record['stage']}", record["entry"]))),
         "mlflow.source.type": "LOCAL",
@@ -494,8 +505,10 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _legal(name: str) -> str:
-    """A name that MLflow accepts: letters, digits and `_-. /:`, at most 250."""
-    return "".join(c if c.isalnum() or c in "_-. /:" else "_" for c in name)[:250]
+    """A name that MLflow accepts: letters, digits and `_-. /:`, at most 250, and nothing like `a//b` or `../a`."""
+    name = "".join(c if c.isalnum() or c in "_-. /:" else "_" for c in name)[:250]
+    is_a_plain_path = posixpath.normpath(name) == name and not name.startswith(("/", "..")) and name != "."
+    return name if is_a_plain_path else re.sub(r"/|\.\.|^\.?$", "_", name)
 
 
 def _text(value: Any, limit: int) -> str:
@@ -559,7 +572,10 @@ def flush(folder: Path, timeout: float) -> str:
 
 def _where_to_look() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI)
-    return f"see them at {uri}" if uri.startswith("http") else f"see them with .venv/bin/mlflow ui --backend-store-uri {uri}"
+    if uri.startswith("http"):
+        return f"see them at {uri}"
+    # The first page of MLflow 3 speaks of prompts and traces; this one lists the runs.
+    return f"see them with .venv/bin/mlflow ui --backend-store-uri {uri} at http://127.0.0.1:5000/#/experiments/1/runs"
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ def test_a_stage_needs_no_mlflow() -> None:
 
 def test_a_run_carries_all_that_the_stage_told(store: Store) -> None:
     r = record("distil.ssld", made_of=(record("teach.teacher"),))
-    execute(r, accuracy=0.75, loss=0.5, per_class={"an ant!": 1, "bee": None}, rule="top")
+    execute(r, accuracy=0.75, loss=0.5, per_class={"an ant!": 1, "bee": None, "../a//b": 2}, rule="top")
     send()
     run = the_run(store)
     assert run.info.run_name == "distil.ssld"
@@ -168,7 +168,7 @@ def test_a_run_carries_all_that_the_stage_told(store: Store) -> None:
     expected = {"loss.name": "js", "loss.T": "4.0", "steps": "10", "init": "null", "view": "[0.5, 1.0]", "seed": "3"}
     assert run.data.params == expected
     # The final loss wins over the curve of the same name, which ends on a higher value.
-    assert run.data.metrics == {"accuracy": 0.75, "loss": 0.5, "per_class.an ant_": 1.0}
+    assert run.data.metrics == {"accuracy": 0.75, "loss": 0.5, "per_class.an ant_": 1.0, "per_class_._a__b": 2.0}
     assert history(store, run, "loss") == [(1, 2.0), (2, 1.0), (2, 0.5)]
     tags = run.data.tags
     assert (tags["winnow.stage"], tags["winnow.entry"], tags["winnow.key"]) == ("distil", "ssld", r["key"])
@@ -459,7 +459,7 @@ def test_a_comparison_is_whole_whatever_dvc_skipped_or_restored(store: Store) ->
     assert parent.data.params["teach.teacher.seed"] == "3"
     assert "3 stages: 1 executed, 1 unchanged, 1 restored" in parent.data.tags["mlflow.note.content"]
     table = json.loads(Path(store.client.download_artifacts(parent.info.run_id, "runs.json")).read_text())
-    assert {row[0]: row[2] for row in table["data"]} == {name: run.info.run_id for name, run in found.items()}
+    assert {row["stage"]: row["run_id"] for row in table} == {name: run.info.run_id for name, run in found.items()}
 
     execute(record("compare", "3", made_of=(teacher,)))
     send()
