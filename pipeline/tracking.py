@@ -33,16 +33,12 @@ from typing import IO, Any
 from pipeline.journal import (
     COMPARISON,
     DEFAULT_URI,
-    Journal,
     has_ended,
     mirror_command,
-    open_journal,
     run_name,
     start_mirror,
     try_lock,
 )
-
-__all__ = ["Journal", "Mirror", "flush", "open_journal"]
 
 JOURNALS = Path(".scratch", "journal")
 

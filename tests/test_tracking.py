@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -354,9 +355,10 @@ def picture() -> Any:
         for run, name, status in database.execute("SELECT run_uuid, name, status FROM runs").fetchall():
             params = set(database.execute("SELECT key, value FROM params WHERE run_uuid = ?", [run]))
             metrics = sorted(database.execute("SELECT key, step, timestamp, value FROM metrics WHERE run_uuid = ?", [run]))
-            tags = {k: names.get(v, v) for k, v in database.execute("SELECT key, value FROM tags WHERE run_uuid = ?", [run])}
+            tags = database.execute("SELECT key, value FROM tags WHERE run_uuid = ?", [run])
+            told = {key: re.sub("[0-9a-f]{32}", lambda id_: names.get(id_[0], id_[0]), value) for key, value in tags}
             files = sorted(file.name for file in Path("mlartifacts", run).rglob("*"))
-            seen.append((name, tags["winnow.status"], status, params, metrics, tags, files))
+            seen.append((name, told["winnow.status"], status, params, metrics, told, files))
     return sorted(seen, key=lambda run: run[:2])
 
 
