@@ -97,6 +97,17 @@ def resize(grey: np.ndarray, longest: int) -> np.ndarray:
     return cv2.resize(grey, to, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
+THUMBNAIL = 16
+
+
+def thumbnail(picture: Picture, mirror: bool = False) -> np.ndarray:
+    """(256,) float32 of mean 0 and length 1, so that the dot product of two is the correlation of the images as thumbnails."""
+    small = cv2.resize(picture.grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).astype(np.float32)
+    centred = (small[:, ::-1] if mirror else small).ravel() - small.mean()
+    length: np.ndarray = centred / max(float(np.linalg.norm(centred)), 1e-6)
+    return length
+
+
 def _points(keypoints: Sequence[Any], pixel: np.ndarray) -> np.ndarray:
     raw = np.array([(*k.pt, k.size, k.angle) for k in keypoints], np.float32).reshape(-1, 4)
     raw[:, :2] = (raw[:, :2] + 0.5) * pixel  # OpenCV puts the origin at the centre of the first pixel

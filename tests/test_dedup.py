@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -124,6 +125,27 @@ def test_review_and_unverifiable_are_listed_and_a_param_removes_them(tmp_path: P
     assert work.kept() == set(OTHERS) | {"plain", "broken"}
     work.run(unverifiable="remove")
     assert work.kept() == set(OTHERS) | {"doubtful"}
+
+
+def shifted(image: np.ndarray) -> np.ndarray:
+    """Alike from afar, but no pixel of the texture is the same."""
+    coarse = cv2.resize(image, (12, 9), interpolation=cv2.INTER_AREA)
+    coarse = cv2.resize(coarse, (160, 120), interpolation=cv2.INTER_CUBIC).astype(int)
+    return np.clip(coarse + (photograph(900).astype(int) - 128) // 8, 0, 255).astype(np.uint8)
+
+
+def test_look_alikes_go_only_where_the_strictness_asks_for_it(tmp_path: Path):
+    work = Bench(tmp_path, pool=OTHERS | COPY | {"alike": mirrored(shifted(ORIGINALS["v1"]))}, val=ORIGINALS)
+    kept = {}
+    for strictness in ("none", "leaks", "near"):
+        work.scratch = tmp_path / strictness
+        metrics = work.run(strictness=strictness)
+        kept[strictness] = work.kept()
+        assert metrics["removed"] == 2, "found, whatever happens to it"
+    assert kept == {"none": set(OTHERS) | set(COPY) | {"alike"}, "leaks": set(OTHERS) | {"alike"}, "near": set(OTHERS)}
+    row = next(row for row in work.audit() if row["id"] == "alike")
+    assert (row["match_id"], row["outcome"], row["mirrored"], row["kept"]) == ("v1", "alike", True, False)
+    assert row["score"] >= dedup.ALIKE["near"]
 
 
 def test_a_person_has_the_last_word_and_the_audit_says_so(tmp_path: Path):

@@ -38,7 +38,7 @@ FINDINGS = pa.schema(
     [
         ("row", pa.int64()),  # of the image in its manifest
         ("match", pa.int64()),  # of the image it was found in; null if unverifiable
-        ("outcome", pa.string()),  # removed, review or unverifiable
+        ("outcome", pa.string()),  # removed, review, unverifiable or alike
         ("rule", pa.string()),
         ("inliers", pa.int32()),
         ("mirrored", pa.bool_()),
@@ -55,17 +55,23 @@ FINDINGS = pa.schema(
 class Dedup(Section):
     """What happens to what the leak check finds; every finding is in `leaks.parquet` whatever is set here.
 
+    `strictness`, for the question whether look-alikes of validation images are a fair choice: `none` removes nothing that the
+    check finds, `leaks` removes copies, `near` and `nearer` also images that correlate with a validation image (or its mirror
+    image) by at least ALIKE as grey thumbnails of 16 x 16 pixels.
     `review`: pool images that share features with a validation image but not enough pixels for certainty.
     `unverifiable`: pool images with too few features to be checked, or that cannot be decoded.
     `train`: look for validation images among the labelled ones too, and report them.
     `duplicates`: copies within the pool: `keep` does not look for them, `collapse` keeps the largest of each group.
     """
 
+    strictness: Literal["none", "leaks", "near", "nearer"] = "leaks"
     review: Literal["keep", "remove"] = "keep"
     unverifiable: Literal["keep", "remove"] = "keep"
     train: Literal["report", "skip"] = "report"
     duplicates: Literal["keep", "collapse"] = "keep"
 
+
+ALIKE = {"near": 0.9, "nearer": 0.8}
 
 Row = dict[str, Any]
 
@@ -94,7 +100,7 @@ def run(
     collapse = params.duplicates == "collapse"
     if collapse:
         search.describe("pool")
-    audits = [search.find("pool", "val")]
+    audits = [search.find("pool", "val", ALIKE.get(params.strictness))]
     if params.train == "report":
         audits.append(search.find("train", "val"))
     if collapse:
@@ -123,13 +129,18 @@ class Search:
         self._run(describe_shard, name, folder, ".safetensors", f"dedup: features of {name}")
         return folder
 
-    def find(self, name: str, gallery: str) -> pa.Table:
-        """Findings, as in FINDINGS, of the images of `name` that are copies of images of `gallery`, with ids and the relation."""
+    def find(self, name: str, gallery: str, alike: float | None = None) -> pa.Table:
+        """Findings, as in FINDINGS, of the images of `name` that are copies of images of `gallery`, with ids and the relation.
+
+        `alike`: the correlation of thumbnails from which on an image is found as a look-alike; None does not look for them.
+        """
         described = self.describe(gallery)
         if not (described / "index").exists():
             _build_index(Store(described, len(self.sets[gallery])), described / "index")
         folder = self.scratch / f"{name}-{gallery}"
-        work = functools.partial(match_shard, gallery=described, count=len(self.sets[gallery]), itself=name == gallery)
+        work = functools.partial(
+            match_shard, gallery=described, count=len(self.sets[gallery]), itself=name == gallery, alike=alike
+        )
         files = self._run(work, name, folder, ".parquet", f"dedup: {name} against {gallery}")
         found = pa.concat_tables([FINDINGS.empty_table(), *(pq.read_table(file, schema=FINDINGS) for file in files)])
         return self._named(found, f"{name}-{gallery}", name, gallery)
@@ -327,18 +338,24 @@ def _opened(gallery: Path, count: int) -> tuple[sift.VotingIndex, Store]:
 
 
 @_one_thread
-def match_shard(shard: Shard, gallery: Path, count: int, itself: bool) -> int:
+def match_shard(shard: Shard, gallery: Path, count: int, itself: bool, alike: float | None) -> int:
     """Write the findings of a shard against a described gallery of `count` images; returns the number of images."""
     index, store = _opened(gallery, count)
     images = len(_unpack(shard.images))
-    rows = findings(_pictures(shard), index, store, shard.first, itself)
+    look_alikes = LookAlikes(_thumbnails(gallery, count), alike) if alike is not None else None
+    rows = findings(_pictures(shard), index, store, shard.first, itself, look_alikes)
     with artifact.writing_file(shard.file) as tmp:
         pq.write_table(pa.Table.from_pylist(rows, FINDINGS), tmp)
     return images
 
 
 def findings(
-    pictures: Iterator[sift.Picture | None], index: sift.VotingIndex, gallery: Gallery, first: int = 0, itself: bool = False
+    pictures: Iterator[sift.Picture | None],
+    index: sift.VotingIndex,
+    gallery: Gallery,
+    first: int = 0,
+    itself: bool = False,
+    look_alikes: "LookAlikes | None" = None,
 ) -> list[Row]:
     """The images that are copies of gallery images, and those that cannot be checked, as rows of FINDINGS.
 
@@ -349,13 +366,43 @@ def findings(
         queries = sift.bag([picture.features if picture else sift.NO_FEATURES for picture in batch])
         candidates = index.shortlist(queries, np.arange(first, first + len(batch)) if itself else None)
         found = verified(batch, candidates, gallery)
-        rows += [row | {"row": first + row["row"]} for row in found]
         removed = {row["row"] for row in found if row["outcome"] == "removed"}
         for i, picture in enumerate(batch):
             if (picture is None or len(picture.features) < sift.VERIFIABLE) and i not in removed:
-                rows.append(_unverifiable(first + i, UNDECODABLE if picture is None else TOO_FEW))
+                found.append(_unverifiable(i, UNDECODABLE if picture is None else TOO_FEW))
+            if picture is not None and look_alikes is not None and i not in removed:
+                found += look_alikes.of(i, picture)
+        rows += [row | {"row": first + row["row"]} for row in found]
         first += len(batch)
     return rows
+
+
+class LookAlikes(NamedTuple):
+    """Gallery images that correlate with an image by `least` or more.
+
+    `thumbnails`: (256, 2 n) float32, of n gallery images, each followed by its mirror image.
+    """
+
+    thumbnails: np.ndarray
+    least: float
+
+    def of(self, row: int, picture: sift.Picture) -> list[Row]:
+        """The most alike gallery image, if it is alike enough."""
+        alike = sift.thumbnail(picture) @ self.thumbnails
+        best = int(alike.argmax()) if len(alike) else 0
+        if not len(alike) or alike[best] < self.least:
+            return []
+        score = float(alike[best])
+        measured = {"mirrored": best % 2 == 1, "zncc": score, "score": score}
+        return [{"row": row, "match": best // 2, "outcome": "alike", "rule": "thumbnails"} | measured]
+
+
+@functools.lru_cache(maxsize=1)
+def _thumbnails(gallery: Path, count: int) -> np.ndarray:
+    store = Store(gallery, count)
+    blank = np.zeros(sift.THUMBNAIL**2, np.float32)
+    both = [sift.thumbnail(p, mirror) if (p := store[row]) else blank for row in range(count) for mirror in (False, True)]
+    return np.array(both, np.float32).reshape(-1, sift.THUMBNAIL**2).T.copy()
 
 
 def _batches(pictures: Iterator[sift.Picture | None]) -> Iterator[list[sift.Picture | None]]:
@@ -433,8 +480,10 @@ def decide(audit: pa.Table, params: Dedup, overrides: Mapping[str, tuple[str, st
     """
     by_hand = {image for image, (action, _) in overrides.items() if action == "remove"}
     audit = pa.concat_tables([audit, _rows_by_hand(sorted(by_hand - set(audit["id"].to_pylist())), audit.schema)])
-    removing = {("pool-val", "removed"), ("pool-pool", "removed")}
-    removing |= {("pool-val", outcome) for outcome in ("review", "unverifiable") if getattr(params, outcome) == "remove"}
+    removing = {("pool-pool", "removed")}
+    if params.strictness != "none":
+        removing |= {("pool-val", "removed"), ("pool-val", "alike")}
+        removing |= {("pool-val", outcome) for outcome in ("review", "unverifiable") if getattr(params, outcome) == "remove"}
     rows = list(zip(*(audit[name].to_pylist() for name in ("relation", "outcome", "id")), strict=True))
     dropped = {image for relation, outcome, image in rows if (relation, outcome) in removing} | by_hand
     dropped -= overrides.keys() - by_hand
@@ -495,6 +544,7 @@ def _metrics(audit: pa.Table, images: int, kept: int) -> Row:
         "removed": len(distinct("pool-val", "removed")),
         "review": len(distinct("pool-val", "review", ["removed"])),
         "unverifiable": len(distinct("pool-val", "unverifiable", ["removed", "review"])),
+        "alike": len(distinct("pool-val", "alike", ["removed"])),
         "duplicates": len(distinct("pool-pool", "removed")),
         "overrides": len(set(audit["id"].filter(pc.is_valid(audit["override"])).to_pylist())),
         "val_with_a_leak": len(set(leaks["match_id"].drop_null().to_pylist())),
@@ -505,7 +555,7 @@ def _metrics(audit: pa.Table, images: int, kept: int) -> Row:
 
 
 SHOWN = 200  # findings on the page; all are in leaks.parquet
-HEIGHT = 220  # pixels of an image on the page
+HEIGHT, GAP = 220, 8  # pixels of an image on the page, and between two
 DOUBT = 0.65  # the score about which a finding could be decided either way
 
 PAGE = """<!doctype html>
@@ -524,6 +574,7 @@ figure img {{ background: #808080; display: block; height: auto; width: 100%; }}
 figcaption {{ overflow-wrap: anywhere; padding: .6rem .8rem .8rem; }}
 .outcome {{ border-radius: .2rem; color: #fff; font-weight: 600; padding: .05rem .4rem; }}
 .removed {{ background: #b3261e; }} .review {{ background: #8a5a00; }} .unverifiable {{ background: #51606e; }}
+.alike {{ background: #2b5f8a; }}
 small {{ display: block; opacity: .8; }}
 code {{ font-size: .85em; }}
 </style>
@@ -558,16 +609,12 @@ def _figure(row: Row, sets: Mapping[str, Manifest]) -> str:
     name, _, gallery = row["relation"].partition("-")
     image = _image(row["id"], sets[name])
     match = _image(row["match_id"], sets[gallery]) if row["match_id"] is not None else None
-    picture = _pair(image, match, row) if match is not None and image is not None and row["transform"] else image
+    picture = image if image is None or match is None else _pair(image, match, row)
     shown = "" if picture is None else f'<img alt="" loading="lazy" src="data:image/webp;base64,{_webp(picture)}">'
-    measured = (
-        ""
-        if row["inliers"] is None
-        else (
-            f"{row['inliers']} features, correlation {row['zncc']:.2f}, {row['local']:.0%} of the windows agree, "
-            f"covers {row['cover_image']:.0%} of it and {row['cover_match']:.0%} of its match"
-        )
-    )
+    measured = "" if row["score"] is None else f"correlation {row['zncc']:.2f}"
+    if row["inliers"] is not None:
+        measured += f", {row['inliers']} features, {row['local']:.0%} of the windows agree, "
+        measured += f"covers {row['cover_image']:.0%} of it and {row['cover_match']:.0%} of its match"
     word = f"{row['override']} by hand: {html.escape(row['reason'])}" if row["override"] else "stays" if row["kept"] else "goes"
     opposite = "remove" if row["kept"] else "keep"
     overrule = f'<small><code>{html.escape(row["id"])},{opposite},"..."</code></small>' if name == "pool" else ""
@@ -586,19 +633,19 @@ def _image(image: str, images: Manifest) -> np.ndarray | None:
 
 def _pair(image: np.ndarray, match: np.ndarray, row: Row) -> np.ndarray:
     """Both images at HEIGHT beside each other (height, width, 3), with the inliers and the outline drawn."""
-    a, b = sift.extract(match), sift.extract(image)
     left, right = (_at_height(pixels) for pixels in (image, match))
-    canvas = np.concatenate([left, np.full((HEIGHT, 8, 3), 128, np.uint8), right], axis=1)
-    shift = np.array([left.shape[1] + 8, 0.0])
+    canvas = np.concatenate([left, np.full((HEIGHT, GAP, 3), 128, np.uint8), right], axis=1)
+    if not row["transform"]:
+        return canvas
+    shift = np.array([left.shape[1] + GAP, 0.0])
+    a, b = sift.extract(match), sift.extract(image)
     found = sift.align(a, b, row["mirrored"])
-    if found is not None:
-        points_a = sift.mirrored(a.features, float(a.extent[0])).points if row["mirrored"] else a.features.points
-        ends_a, ends_b = points_a[found.pairs[:, 0], :2].astype(float), b.features.points[found.pairs[:, 1], :2] * max(left.shape)
-        if row["mirrored"]:
-            ends_a[:, 0] = a.extent[0] - ends_a[:, 0]
-        for start, end in zip(ends_b, ends_a * max(right.shape) + shift, strict=True):
-            cv2.line(canvas, _pixel(start), _pixel(end), (60, 220, 120), 1, cv2.LINE_AA)
-    outline = sift.project(np.linalg.inv(np.reshape(row["transform"], (3, 3))), sift.corners(b)) * max(right.shape) + shift
+    pairs = np.zeros((0, 2), int) if found is None else found.pairs
+    places = a.features.points[pairs[:, 0], :2] * max(right.shape) + shift
+    for start, end in zip(b.features.points[pairs[:, 1], :2] * max(left.shape), places, strict=True):
+        cv2.line(canvas, _pixel(start), _pixel(end), (60, 220, 120), 1, cv2.LINE_AA)
+    back = np.linalg.inv(np.reshape(row["transform"], (3, 3)))
+    outline = sift.project(back, sift.corners(b)) * max(right.shape) + shift
     cv2.polylines(canvas, [np.array([_pixel(corner) for corner in outline])], True, (255, 170, 0), 2, cv2.LINE_AA)
     return canvas
 
