@@ -82,7 +82,7 @@ def verify(path: Path) -> Path:
             raise ArtifactError(f"{path / name} is missing. {_remake(path)}")
         if name not in expected:
             raise ArtifactError(f"{path / name} does not belong to the artifact {path}. Remove it, or {_remake(path)}")
-        if _sha256(path / name) != expected[name]["sha256"]:
+        if _sha256(path / name) != expected[name]:
             raise ArtifactError(f"{path / name} was altered after it was written (checksum mismatch). {_remake(path)}")
     return path
 
@@ -112,14 +112,15 @@ def record(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _checksums(path: Path) -> dict[str, dict[str, Any]]:
+def _checksums(path: Path) -> dict[str, str]:
+    """SHA-256 by file name."""
     if not path.is_dir():
         raise ArtifactError(f"{path} is not there. {_remake(path)}")
     try:
-        files: dict[str, dict[str, Any]] = json.loads((path / CHECKSUMS).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = json.loads((path / CHECKSUMS).read_text())["files"]
+        return {name: entry["sha256"] for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is not a whole artifact: its {CHECKSUMS} cannot be read. {_remake(path)}") from error
-    return files
 
 
 def _remake(path: Path) -> str:

@@ -164,3 +164,15 @@ def test_one_file(tmp_path):
         interrupted_file(file)
     assert file.read_text() == "1"
     assert beside(file) == ["metrics.json"]
+
+
+def test_every_flipped_bit_of_the_checksums_is_noticed(tmp_path):
+    out = written(tmp_path / "out")
+    whole = (out / artifact.CHECKSUMS).read_bytes()
+    start = whole.index(b'"sha256"')
+    for at in range(start * 8, (start + 80) * 8):
+        flipped = bytearray(whole)
+        flipped[at // 8] ^= 1 << (at % 8)
+        (out / artifact.CHECKSUMS).write_bytes(flipped)
+        with pytest.raises(ArtifactError):
+            artifact.verify(out)
