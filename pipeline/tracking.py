@@ -558,7 +558,8 @@ def flush(folder: Path, timeout: float) -> str:
         time.sleep(min(0.5, timeout))
         waiting = [file for file in waiting if file.exists()]
     lost = sum((refused / file.name).exists() for file in ended)
-    message = f"tracking: {len(ended) - len(waiting) - lost} runs sent, {len(waiting)} waiting; {_where_to_look()}"
+    sent = len(ended) - len(waiting) - lost
+    message = f"tracking: {sent} runs sent now (others while they ran), {len(waiting)} waiting; {_where_to_look()}"
     if waiting:
         message += f"\n  The store does not answer ({folder}/mirror.log). The next stage tries again, or the same command."
     if lost:
