@@ -1,0 +1,251 @@
+"""teach, score, distil and evaluate on twenty-four tiny images, called as functions."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from pipeline import artifact, checkpoint, device, images, manifest, models, network, predict
+from pipeline.checkpoint import CheckpointError
+from pipeline.journal import Journal
+from pipeline.params import Machine
+from pipeline.sources import Folder
+from pipeline.stages import distil, evaluate, prepare, score, teach
+from tests.conftest import folder_of, jpegs
+
+MACHINE = Machine(device="cpu", precision="float32", threads=1, workers=2)
+SMALL = {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 16}}
+TRAINING = {"steps": 4, "batch": 8, "lr": 0.05}
+SCRATCH = Path(__file__).parent.parent / "data" / "scratch"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    folder_of(root / "labelled", jpegs({"ant": 8, "bee": 8, "cat": 8}, 16))
+    folder_of(root / "val", jpegs({"ant": 3, "bee": 3, "cat": 3}, 16, seed=1))
+    folder_of(root / "pool", jpegs({"x": 20}, 20, seed=2))
+    sources = {name: (Folder(kind="folder", path=name),) for name in ("labelled", "val", "pool")}
+    params = prepare.Prepare(root=str(root), holdout=0.25, **sources)  # type: ignore[arg-type]
+    outs = {f"{name}_out": root / "prepare" / name for name in ("train", "holdout", "val", "pool", "quarantine")}
+    prepare.run(params, root=root, machine=MACHINE, **outs)
+    return root / "prepare"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def taught(data: Path, out: Path, seed: int = 0, scratch: Path | None = None, init_path: Path = SCRATCH, **params: Any) -> Path:
+    section = teach.Teach.model_validate({"init": "-", "model": SMALL, "training": TRAINING, **params})
+    paths = {"train": data / "train", "holdout": data / "holdout", "init": init_path, "out": out}
+    teach.run(section, **paths, seed=seed, scratch=scratch or out.parent / "s", journal=Journal(), machine=MACHINE)
+    return out
+
+
+def distilled(data: Path, out: Path, teacher: Path, chosen: Path | None = None, **params: Any) -> dict[str, Any]:
+    section = {"init": "scratch", "teacher": "-", "images": "-", "model": SMALL, "training": TRAINING, **params}
+    return dict(
+        distil.run(
+            distil.Distil.model_validate(section),
+            train=data / "train",
+            holdout=data / "holdout",
+            init=SCRATCH,
+            teacher=teacher,
+            chosen=chosen or data / "pool",
+            out=out,
+            seed=0,
+            scratch=out.parent / f"{out.name}-scratch",
+            journal=Journal(),
+            machine=MACHINE,
+        )
+    )
+
+
+def test_teach_is_a_function_of_params_and_seed(data: Path, tmp_path: Path) -> None:
+    first, again, other = (taught(data, tmp_path / str(i), seed, tmp_path / f"s{i}") for i, seed in enumerate((0, 0, 1)))
+    assert artifact.identity(first) == artifact.identity(again)
+    assert artifact.identity(first) != artifact.identity(other)
+    history = json.loads((first / "history.json").read_text())
+    assert [entry["step"] for entry in history["holdout"]] == [1, 2, 3, 4]
+
+
+def test_teach_without_training_brings_a_model_in_unchanged(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    theirs = models.create("resnet8", 3, {"width": 4})
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    model = {**SMALL, "source_classes": ["cat", "bee", "ant"]}
+    out = taught(data, tmp_path / "out", init_path=tmp_path / "theirs.pth", model=model, training=None)
+    ours = network.load(out, ("ant", "bee", "cat"))[0].eval()
+    x = torch.randn(4, 3, 16, 16)
+    assert torch.allclose(ours(x), theirs.eval()(x)[:, [2, 1, 0]], atol=1e-6)
+
+
+def test_distil_reads_no_label_of_the_images_it_trains_on(data: Path, tmp_path: Path) -> None:
+    teacher = taught(data, tmp_path / "teacher")
+    distilled(data, tmp_path / "a", teacher)
+    shuffled = tmp_path / "shuffled"
+    train = manifest.read(data / "train")
+    column = train.table.schema.get_field_index("label")
+    labels = np.random.default_rng(0).permutation(train.labels()).astype(np.int32)
+    with artifact.writing(shuffled / "train") as tmp:
+        manifest.write(tmp, train.table.set_column(column, "label", pa.array(labels)), train.classes)
+    (shuffled / "holdout").symlink_to(data / "holdout")
+    (shuffled / "pool").symlink_to(data / "pool")
+    distilled(shuffled, tmp_path / "b", teacher)
+    a, b = (checkpoint.weights(tmp_path / name) for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_distil_adds_the_labelled_images_once(data: Path, tmp_path: Path) -> None:
+    teacher = taught(data, tmp_path / "teacher")
+    assert distilled(data, tmp_path / "a", teacher)["images"] == 20 + 18
+    assert distilled(data, tmp_path / "b", teacher, labelled=False)["images"] == 20
+    assert distilled(data, tmp_path / "c", teacher, chosen=data / "train")["images"] == 18
+
+
+def test_teacher_and_student_see_the_same_view_each_with_its_own_normalisation(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = taught(data, tmp_path / "teacher", model={**SMALL, "input": {"size": 16, "mean": [0, 0, 0], "std": [1, 1, 1]}})
+    seen: list[tuple[torch.Tensor, images.Input]] = []
+    plain = images.normalise
+
+    def recorded(batch: torch.Tensor, to: images.Input) -> torch.Tensor:
+        seen.append((batch, to))
+        return plain(batch, to)
+
+    monkeypatch.setattr(images, "normalise", recorded)
+    distilled(data, tmp_path / "a", teacher, training={**TRAINING, "steps": 1})
+    (first, teachers), (second, students) = seen[:2]
+    assert first is second
+    assert (teachers.mean, students.mean) == ((0, 0, 0), images.Input(size=16).mean)
+
+
+@pytest.mark.parametrize("statistics", ["eval", "batch"])
+def test_the_teachers_statistics_are_chosen_and_never_change(data: Path, tmp_path: Path, statistics: str) -> None:
+    taught(data, tmp_path / "teacher")
+    model, _, given = network.load(tmp_path / "teacher", ("ant", "bee", "cat"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reference = network.load(tmp_path / "teacher", ("ant", "bee", "cat"))[0]
+    reference.train(statistics == "batch")
+    frozen = distil._frozen(model, statistics, device.pick(MACHINE))
+    views = 255 * torch.rand(8, 3, 16, 16)
+    with torch.no_grad():
+        got = predict.forward(frozen, views, given, device.pick(MACHINE))
+        expected = reference(images.normalise(views, given))
+    assert torch.allclose(got, expected, atol=1e-4)
+    on_disk = network.load(tmp_path / "teacher", ("ant", "bee", "cat"))[0].state_dict()
+    assert all(torch.equal(before[name], on_disk[name]) for name in before)
+
+
+def test_distilling_leaves_the_teacher_on_disk_untouched(data: Path, tmp_path: Path) -> None:
+    teacher = taught(data, tmp_path / "teacher")
+    identity = artifact.identity(teacher)
+    distilled(data, tmp_path / "a", teacher, teacher_bn="batch")
+    assert artifact.identity(artifact.verify(teacher)) == identity
+
+
+def scored(data: Path, teacher: Path, out: Path, m: int = 2) -> Path:
+    score.run(
+        score.Score(teacher="-", m=m),
+        pool=data / "pool",
+        train=data / "train",
+        teacher=teacher,
+        out=out,
+        scratch=out.parent / "scratch",
+        machine=MACHINE,
+    )
+    return out
+
+
+def test_scores_are_the_teachers_best_classes_in_the_pools_order(data: Path, tmp_path: Path) -> None:
+    teacher = taught(data, tmp_path / "teacher")
+    table = pq.read_table(scored(data, teacher, tmp_path / "out") / "scores.parquet")
+    model, _, given = network.load(teacher, ("ant", "bee", "cat"))
+    pool = manifest.read(data / "pool")
+    decoded = [images.canvas(images.decode(raw), 16) for raw in manifest.image_bytes(pool, range(len(pool)))]
+    with torch.no_grad():
+        logits = model.eval()(images.normalise(torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2), given))
+    best = logits.sort(1, descending=True)
+    assert table["class_0"].to_pylist() == best.indices[:, 0].tolist()
+    assert table["class_1"].to_pylist() == best.indices[:, 1].tolist()
+    assert np.allclose(table["logit_1"], best.values[:, 1], atol=1e-4)
+    assert np.allclose(table["logsumexp"], logits.logsumexp(1), atol=1e-4)
+    assert table.schema.metadata[b"manifest"].decode() == artifact.identity(data / "pool")
+
+
+def test_scores_do_not_depend_on_shards_or_on_a_kill(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = taught(data, tmp_path / "teacher")
+    whole = pq.read_table(scored(data, teacher, tmp_path / "a" / "out") / "scores.parquet")
+    monkeypatch.setattr(predict, "BATCH", 4)
+    monkeypatch.setattr(score, "SHARD", 8)
+    shards, calls = score._shard, []
+
+    def dies(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return shards(*args)
+
+    monkeypatch.setattr(score, "_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        scored(data, teacher, tmp_path / "b" / "out")
+    assert not (tmp_path / "b" / "out").exists()
+    resumed = pq.read_table(scored(data, teacher, tmp_path / "b" / "out") / "scores.parquet")
+    assert len(calls) == 4  # one shard was done, one died, two were left
+    assert resumed["class_0"] == whole["class_0"]
+    assert np.allclose(resumed["logit_0"], whole["logit_0"], atol=1e-4)
+
+
+def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path) -> None:
+    model = models.create("resnet8", 2, {"width": 4})
+    given = images.Input(size=16).model_dump(mode="json")
+    with artifact.writing(tmp_path / "teacher") as tmp:
+        checkpoint.save(tmp, model, checkpoint.Description("resnet8", ("ant", "dog"), given, {"width": 4}), {})
+    with pytest.raises(CheckpointError, match="knows the classes ant, dog, the images the classes ant, bee, cat"):
+        scored(data, tmp_path / "teacher", tmp_path / "out")
+
+
+def test_evaluate_reports_what_the_predictions_say(data: Path, tmp_path: Path) -> None:
+    metrics = evaluate.run(
+        evaluate.Evaluate(model="-"),
+        train=data / "train",
+        val=data / "val",
+        holdout=data / "holdout",
+        model=taught(data, tmp_path / "model"),
+        out=tmp_path / "out",
+        machine=MACHINE,
+    )
+    predictions = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pandas()
+    right = predictions["label"] == predictions["predicted"]
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert metrics["val_top1"] == pytest.approx(right.mean())
+    assert predictions["id"].tolist() == manifest.read(data / "val").table["id"].to_pylist()
+    names = ("ant", "bee", "cat")
+    assert evaluation["val"]["per_class"] == {
+        n: pytest.approx(right[predictions["label"] == i].mean()) for i, n in enumerate(names)
+    }
+    assert (evaluation["val"]["n"], evaluation["holdout"]["n"], evaluation["training"]["labelled"]) == (9, 6, 24)
+
+
+def test_calibration_error_and_interval_follow_the_references() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(500, 10, generator=random)
+    labels = torch.randint(0, 10, (500,), generator=random)
+    measured = evaluate.measure(logits, labels, tuple("abcdefghij"))
+    expected = multiclass_calibration_error(logits.softmax(1), labels, num_classes=10, n_bins=15)
+    assert measured["ece"] == pytest.approx(float(expected), abs=1e-5)
+    # Wilson's interval for 81 of 263, worked by hand from his formula (1927).
+    assert evaluate.wilson(81, 263) == pytest.approx((0.25529, 0.36620), abs=1e-5)
+    assert evaluate.wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)
