@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from pipeline import artifact, images, scenes
+from pipeline import artifact, scenes
+from pipeline.decode import ImageRefused, decode
 from pipeline.params import Machine
 from pipeline.stages import draw
 
@@ -97,11 +98,11 @@ def test_broken_files_are_refused_for_their_own_reason_and_all_others_decode(dra
     }
     for row in drawn.truth:
         if row["kind"] == "broken":
-            with pytest.raises(images.ImageRefused, match=reasons[row["breakage"]]):
-                images.decode(files[row["member"]])
+            with pytest.raises(ImageRefused, match=reasons[row["breakage"]]):
+                decode(files[row["member"]])
             del reasons[row["breakage"]]
         else:
-            assert min(images.decode(files[row["member"]]).shape[:2]) >= 64
+            assert min(decode(files[row["member"]]).shape[:2]) >= 64
     assert not reasons
 
 
@@ -133,10 +134,10 @@ def test_a_leak_is_its_validation_picture_and_a_clean_picture_is_not(drawn: Draw
     assert set(Counter(row["transform"] for row in leaks).values()) == {3}
     assert len({row["leak_of"] for row in leaks}) == len(leaks)
     for leak, other in zip(leaks, clean, strict=False):
-        original = images.decode(val[leak["leak_of"]])
+        original = decode(val[leak["leak_of"]])
         assert pool[leak["member"]] != val[leak["leak_of"]]
-        assert _shared_points(images.decode(pool[leak["member"]]), original) >= 15, leak
-        assert _shared_points(images.decode(pool[other["member"]]), original) < 8, (leak, other)
+        assert _shared_points(decode(pool[leak["member"]]), original) >= 15, leak
+        assert _shared_points(decode(pool[other["member"]]), original) < 8, (leak, other)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline import artifact, images, manifest, sources
+from pipeline import artifact, decode, manifest, sources
 from pipeline.params import Machine
 from pipeline.sources import SourceError
 from pipeline.stages import prepare
@@ -241,7 +241,7 @@ def test_links_to_files_and_folders_are_followed(root, tmp_path):
 
 def test_width_and_height_are_those_of_the_decoded_image(root, tmp_path):
     exif = Image.Exif()
-    exif[images.ORIENTATION] = 6
+    exif[decode.ORIENTATION] = 6
     tar_of(root / "pool-2.tar", {"turned.jpg": encoded(picture(1, (48, 20)), "JPEG", exif=exif)})
     for check in ("decode", "header"):
         got = Prepared(tmp_path / check, params(root, check=check))
@@ -412,7 +412,7 @@ def test_a_holdout_that_leaves_nothing_to_train_on(root):
 
 def test_bad_news_comes_before_the_long_part(root, monkeypatch):
     """Whatever the listing can tell stops the run before an image is decoded."""
-    monkeypatch.setattr(images, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(decode, "decode", lambda *_: pytest.fail("decoded"))
     for changed in ({"per_class": 9}, {"holdout": 0.9}, {"classes": ["cat"]}):
         error_of(root, **changed)
 
@@ -442,12 +442,12 @@ def test_a_folder_that_holds_itself(root):
 SLOW = """
 import sys, time
 from pathlib import Path
-from pipeline import images
+from pipeline import decode
 from pipeline.params import Machine
 from pipeline.stages import prepare
 
-decode = images.decode
-images.decode = lambda *args: (time.sleep(60), decode(*args))[1]
+plain = decode.decode
+decode.decode = lambda *args: (time.sleep(60), plain(*args))[1]
 root, out, params = sys.argv[1:]
 outs = {f"{name}_out": Path(out, name) for name in ("train", "holdout", "val", "pool", "quarantine")}
 prepare.run(prepare.Prepare.model_validate_json(params), root=Path(root), **outs, machine=Machine(workers=1))

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from pipeline import sources
-from pipeline.images import decode
+from pipeline.decode import decode
 from pipeline.sources import Listing, Role, Shards, SourceError
 from tests.conftest import folder_of, jpeg, jpegs, picture, tar_of
 

@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from pipeline import artifact, checkpoint, device, images, manifest, models, network, predict
 from pipeline.checkpoint import CheckpointError
+from pipeline.decode import decode
 from pipeline.journal import Journal
 from pipeline.params import Machine
 from pipeline.sources import Folder
@@ -174,7 +175,7 @@ def test_scores_are_the_teachers_best_classes_in_the_pools_order(data: Path, tmp
     table = pq.read_table(scored(data, teacher, tmp_path / "out") / "scores.parquet")
     model, _, given = network.load(teacher, ("ant", "bee", "cat"))
     pool = manifest.read(data / "pool")
-    decoded = [images.canvas(images.decode(raw), 16) for raw in manifest.image_bytes(pool, range(len(pool)))]
+    decoded = [images.canvas(decode(raw), 16) for raw in manifest.image_bytes(pool, range(len(pool)))]
     with torch.no_grad():
         logits = model.eval()(images.normalise(torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2), given))
     best = logits.sort(1, descending=True)

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.dedup import families
 from benchmarks.dedup.peers import Exhaustive, PHash
 from pipeline import progress, sift
-from pipeline.images import decode
+from pipeline.decode import decode
 from pipeline.stages import dedup
 
 Score = Callable[[np.ndarray, sift.Picture], np.ndarray]

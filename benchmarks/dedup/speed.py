@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from pipeline import progress, sift
-from pipeline.images import decode
+from pipeline.decode import decode
 from pipeline.stages import dedup
 
 ROUNDS = 3

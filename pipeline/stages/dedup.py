@@ -25,8 +25,8 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline import artifact, manifest, progress, sift, stage
+from pipeline.decode import ImageRefused, decode
 from pipeline.errors import UserError
-from pipeline.images import ImageRefused, decode
 from pipeline.manifest import Manifest
 from pipeline.params import Machine, Section
 
@@ -555,6 +555,7 @@ def _metrics(audit: pa.Table, images: int, kept: int) -> Row:
 
 
 SHOWN = 200  # findings on the page; all are in leaks.parquet
+LINES = 20  # drawn of a pair, or they would hide it
 HEIGHT, GAP = 220, 8  # pixels of an image on the page, and between two
 DOUBT = 0.65  # the score about which a finding could be decided either way
 
@@ -640,7 +641,7 @@ def _pair(image: np.ndarray, match: np.ndarray, row: Row) -> np.ndarray:
     shift = np.array([left.shape[1] + GAP, 0.0])
     a, b = sift.extract(match), sift.extract(image)
     found = sift.align(a, b, row["mirrored"])
-    pairs = np.zeros((0, 2), int) if found is None else found.pairs
+    pairs = np.zeros((0, 2), int) if found is None else found.pairs[:: max(1, found.inliers // LINES)]
     places = a.features.points[pairs[:, 0], :2] * max(right.shape) + shift
     for start, end in zip(b.features.points[pairs[:, 1], :2] * max(left.shape), places, strict=True):
         cv2.line(canvas, _pixel(start), _pixel(end), (60, 220, 120), 1, cv2.LINE_AA)

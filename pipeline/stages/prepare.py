@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pipeline import artifact, images, manifest, progress, sources, stage
+from pipeline import artifact, decode, manifest, progress, sources, stage
 from pipeline.params import Machine, Section
 from pipeline.sources import Listing, Shards, Source, SourceError, some
 from pipeline.stage import Metrics
@@ -61,7 +61,7 @@ class Prepare(Section):
     classes: tuple[str, ...] | None = None
     seed: NonNegativeInt = 0
     check: Literal["decode", "header"] = "decode"
-    max_pixels: PositiveInt = images.MAX_PIXELS
+    max_pixels: PositiveInt = decode.MAX_PIXELS
 
 
 # The stage ------------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _measured(chunk: pa.RecordBatch, params: Prepare, moved: Mapping[str, str]) 
             data = opened.read(moved.get(path, path), offset, size)
             try:
                 width, height = _size(data, params)
-            except images.ImageRefused as refusal:
+            except decode.ImageRefused as refusal:
                 rows.append((None, None, None, str(refusal)))
             else:
                 rows.append((width, height, zlib.crc32(data), None))
@@ -239,8 +239,8 @@ def _measured(chunk: pa.RecordBatch, params: Prepare, moved: Mapping[str, str]) 
 
 def _size(data: bytes, params: Prepare) -> tuple[int, int]:
     if params.check == "header":
-        return images.size_of(data, params.max_pixels)
-    height, width, _ = images.decode(data, params.max_pixels).shape
+        return decode.size_of(data, params.max_pixels)
+    height, width, _ = decode.decode(data, params.max_pixels).shape
     return width, height
 
 

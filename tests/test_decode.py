@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.images import ImageRefused, decode, size_of
+from pipeline.decode import ImageRefused, decode, size_of
 from tests.conftest import encoded, jpeg, picture
 
 ORIENTATION = 0x0112
