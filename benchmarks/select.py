@@ -137,11 +137,11 @@ def window(folder: Path, top: int, k: int, threads: int) -> np.ndarray:
 
 def query(folder: Path, top: int, k: int, threads: int) -> np.ndarray:
     """`select`'s query: the same, with its checks and counts."""
-    table, machine = folder / "scores" / select.SCORES, Machine(threads=threads)
-    with select._database(folder / "temporary", machine) as db:
-        classes = len(json.loads(pq.read_schema(table).metadata[b"classes"]))
-        available = select._available(db, table, top, classes)
-        return select._top(db, table, top, k, available, machine).images
+    table = folder / "scores" / select.SCORES
+    classes = len(json.loads(pq.read_schema(table).metadata[b"classes"]))
+    images = pq.read_metadata(table).num_rows
+    taken, _ = select._top(table, top, k, images, classes, folder / "temporary", Machine(threads=threads))
+    return taken.images
 
 
 def stage(folder: Path, top: int, k: int, threads: int) -> np.ndarray:

@@ -120,9 +120,10 @@ class Waiting:
         """Whether dvc.lock holds the comparison: DVC writes it after the stage has ended. Notes its hash, while it is fresh."""
         if self.end is None or self.record["stage"] != COMPARISON or self.state.dvc_lock is not None:
             return True
-        file, age = Path(self.begin["workspace"], "dvc.lock"), time.time() - self.end["time"]
-        written = file.stat().st_mtime if file.is_file() else 0.0
-        if self.begin["dvc"] and written < self.end["time"] and age < 10:
+        file, now = Path(self.begin["workspace"], "dvc.lock"), time.time()
+        written, age = file.stat().st_mtime if file.is_file() else 0.0, now - self.end["time"]
+        # Not at once when it was written: DVC empties the file before it fills it.
+        if self.begin["dvc"] and age < 30 and not self.end["time"] <= written < now - 1:
             return False
         self.state.dvc_lock = hashlib.sha256(file.read_bytes()).hexdigest() if written and age < 60 else ""
         self.save()

@@ -140,6 +140,18 @@ def test_a_selection_is_the_same_whatever_the_threads_memory_and_row_groups(tmp_
     assert len(identities) == 1
 
 
+def test_the_same_where_the_heaps_of_all_classes_would_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(tmp_path, 300)
+    pool.classes[pool.classes == 0] = 5  # a class without any image
+    pool.write()
+    for k in (7, 999_999):
+        pool.run(tmp_path / "fits", k=k, membership="any")
+        with monkeypatch.context() as patch:
+            patch.setattr(select, "HEAPS", 1e-9)
+            pool.run(tmp_path / "counted", k=k, membership="any")
+        assert artifact.identity(tmp_path / "counted") == artifact.identity(tmp_path / "fits")
+
+
 def test_the_manifest_has_the_pools_images_no_labels_and_the_teachers_classes(tmp_path: Path) -> None:
     pool = Pool(tmp_path, 50)
     pool.run(tmp_path / "out", k=3)
@@ -223,7 +235,7 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path: Path, value: float) ->
     pool = Pool(tmp_path, 30)
     pool.logits[17, 0] = value
     pool.write()
-    with pytest.raises(UserError, match="logits of 1 images are NaN or infinite"):
+    with pytest.raises(UserError, match="logits that are NaN or infinite"):
         pool.run(tmp_path / "out", k=1)
 
 

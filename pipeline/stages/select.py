@@ -19,6 +19,8 @@ from pipeline.params import Machine, Section
 
 SCORES = "scores.parquet"
 SELECTION = "selection.json"
+HEAPS = 0.5
+"""Share of the memory for the best images so far, 8 bytes each."""
 NAMED = 20
 """Short classes named on the terminal; the metrics and selection.json name all."""
 
@@ -66,21 +68,18 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, scrat
     images = manifest.read(pool)
     classes = _classes(artifact.verify(scores), pool, len(images))
     table = scores / SCORES
-    with _database(scratch / "duckdb", machine) as db:
-        rows = np.arange(len(images))
-        if params.rule != "all":
-            members = _members(params, table)
-            available = _available(db, table, members, len(classes))
-            if params.several or members == 1:
-                taken = _top(db, table, members, params.k, available, machine)
-            else:
-                taken = _shared_out(table, members, params.k)
-            rows = np.unique(taken.images)
-        if params.rule == "random":
-            rows = np.sort(np.random.default_rng(seed).permutation(len(images))[: len(rows)])
-        if params.rule != "top":
-            taken = _by_first_class(table, rows)
-            available = _available(db, table, 1, len(classes))
+    rows = np.arange(len(images))
+    if params.rule != "all":
+        members = _members(params, table)
+        if params.several or members == 1:
+            taken, available = _top(table, members, params.k, len(images), len(classes), scratch / "duckdb", machine)
+        else:
+            taken, available = _shared_out(table, members, params.k, len(classes))
+        rows = np.unique(taken.images)
+    if params.rule == "random":
+        rows = np.sort(np.random.default_rng(seed).permutation(len(images))[: len(rows)])
+    if params.rule != "top":
+        taken, available = _by_first_class(table, rows, len(classes))
     per_class = _per_class(taken, available, classes)
     short = {c["class"]: c["taken"] for c in per_class if c["taken"] < params.k} if params.rule == "top" else {}
     _warn(short, params.k, len(classes))
@@ -142,56 +141,47 @@ def _database(temp: Path, machine: Machine) -> Iterator[duckdb.DuckDBPyConnectio
         ) from None
 
 
-def _available(db: duckdb.DuckDBPyConnection, table: Path, members: int, classes: int) -> np.ndarray:
-    """(C,) int64, the images that belong to each class. Raises UserError for scores that cannot be ranked."""
-    stored = ", ".join(f"class_{j}" for j in range(members))
-    counts = db.execute(
-        f"SELECT class, count(*) FROM (SELECT unnest([{stored}]) AS class FROM read_parquet(?)) GROUP BY class",
-        [str(table)],
-    ).fetchall()
-    logits = " + ".join(f"logit_{j}" for j in range(members))
-    [(broken,)] = db.execute(
-        f"SELECT count_if(NOT isfinite(logsumexp - ({logits}))) FROM read_parquet(?)", [str(table)]
-    ).fetchall()
-    if broken:
-        raise UserError(
-            f"{table}: the logits of {broken:,} images are NaN or infinite. Their teacher is broken: look at its training."
-        )
+def _top(table: Path, members: int, k: int, images: int, classes: int, temp: Path, machine: Machine) -> tuple[Taken, np.ndarray]:
+    """The `k` images of highest log p of each class, ties by row, all of a class that has fewer; and how many it has, (C,)."""
+    numbers = ", ".join(f"class_{j}" for j in range(members))
+    surprisals = ", ".join(f"logsumexp - logit_{j}" for j in range(members))
+    pairs = f"""
+        SELECT unnest([{numbers}]) AS class, unnest([{surprisals}]) AS surprisal, file_row_number AS image
+        FROM read_parquet(?, file_row_number => true)
+    """
+    with _database(temp, machine) as db:
+        # Each thread allocates a heap for each class at its full size. Where these are more than fit, the classes
+        # are counted first, and no heap is larger than its class.
+        heaps = np.full(classes, min(k, images))
+        room = HEAPS * machine.memory_gb * 1e9 / 8
+        if heaps.sum() > room:
+            counted = db.execute(f"SELECT class, count(*) FROM ({pairs}) GROUP BY class", [str(table)]).fetchall()
+            sizes = dict(counted)
+            heaps = np.minimum(heaps, [sizes.get(c, 1) for c in range(classes)])
+        db.execute(f"SET threads = {min(machine.cores(machine.threads), max(1, int(room / heaps.sum())))}")
+        db.execute("SET VARIABLE heaps = ?", [heaps.tolist()])
+        # One integer ranks a pair within its class: the bits of a float32 that is not negative sort as the number does, and
+        # below them stands the row. A log p above 0 is rounding noise.
+        best = db.sql(
+            f"""
+            SELECT class, count(*) AS available, max(abs(surprisal)) AS largest,
+                min((greatest(surprisal, 0::FLOAT)::BIT::INTEGER::BIGINT << 32) | image, getvariable('heaps')[class + 1]) AS keys
+            FROM ({pairs})
+            GROUP BY class
+            """,
+            params=[str(table)],
+        ).to_arrow_table()
+    _refuse_nan(best["largest"].to_numpy(), table)
+    number = best["class"].to_numpy().astype(np.int64)
     available = np.zeros(classes, np.int64)
-    for c, images in counts:
-        available[c] = images
-    return available
-
-
-def _top(db: duckdb.DuckDBPyConnection, table: Path, members: int, k: int, available: np.ndarray, machine: Machine) -> Taken:
-    """The `k` images of highest log p of each class, ties by row; all of a class that has fewer."""
-    # One integer ranks a pair within its class: the bits of a float32 that is not negative sort as the number does, and
-    # below them stands the row. (A log p above 0 is rounding noise.) Each thread allocates a heap for each class at its
-    # full size, so no heap is larger than its class, and no more threads run than fit into half of the memory.
-    heaps = np.minimum(available, k)
-    threads = max(1, int(machine.memory_gb * 1e9 / 2) // (8 * int(heaps.sum())))
-    db.execute(f"SET threads = {min(threads, machine.cores(machine.threads))}")
-    db.execute("SET VARIABLE heaps = ?", [heaps.tolist()])
-    classes = ", ".join(f"class_{j}" for j in range(members))
-    surprisals = ", ".join(f"greatest(logsumexp - logit_{j}, 0::FLOAT)" for j in range(members))
-    best = db.sql(
-        f"""
-        SELECT class, min((surprisal::BIT::INTEGER::BIGINT << 32) | image, getvariable('heaps')[class + 1]) AS keys
-        FROM (
-            SELECT unnest([{classes}]) AS class, unnest([{surprisals}]) AS surprisal, file_row_number AS image
-            FROM read_parquet(?, file_row_number => true)
-        )
-        GROUP BY class
-        """,
-        params=[str(table)],
-    ).to_arrow_table()
+    available[number] = best["available"].to_numpy()
     keys = best["keys"].combine_chunks()
-    takers = np.repeat(best["class"].to_numpy().astype(np.int64), keys.value_lengths().to_numpy())
     key = keys.flatten().to_numpy()
-    return Taken(key & 0xFFFFFFFF, takers, (key >> 32).astype(np.int32).view(np.float32))
+    takers = np.repeat(number, keys.value_lengths().to_numpy())
+    return Taken(key & 0xFFFFFFFF, takers, (key >> 32).astype(np.int32).view(np.float32)), available
 
 
-def _shared_out(table: Path, members: int, k: int) -> Taken:
+def _shared_out(table: Path, members: int, k: int, classes: int) -> tuple[Taken, np.ndarray]:
     """The same with each image taken at most once, in the order that `Select` states.
 
     Found without sorting all pairs, as a stable matching (Gale and Shapley 1962): each image asks its first class; a
@@ -200,7 +190,9 @@ def _shared_out(table: Path, members: int, k: int) -> Taken:
     """
     of = _matrix(table, [f"class_{j}" for j in range(members)])  # N, P
     logits = _matrix(table, [f"logit_{j}" for j in range(members)])
-    surprisal = np.maximum(_matrix(table, ["logsumexp"]) - logits, np.float32(0))
+    surprisal = _matrix(table, ["logsumexp"]) - logits
+    _refuse_nan(surprisal, table)
+    surprisal = np.maximum(surprisal, np.float32(0))
     asks = np.zeros(len(of), np.uint16)  # the position of the class that the image asks, or is held by
     held, asking = np.empty(0, np.int64), np.arange(len(of))
     while asking.size:
@@ -213,12 +205,18 @@ def _shared_out(table: Path, members: int, k: int) -> Taken:
         turned_down = rivals[~wins]
         asks[turned_down] += 1
         asking = turned_down[asks[turned_down] < members]
-    return Taken(held, of[held, asks[held]].astype(np.int64), surprisal[held, asks[held]])
+    available = np.bincount(of.ravel(), minlength=classes)
+    return Taken(held, of[held, asks[held]].astype(np.int64), surprisal[held, asks[held]]), available
 
 
-def _by_first_class(table: Path, rows: np.ndarray) -> Taken:
-    first = _matrix(table, ["class_0"])[rows, 0].astype(np.int64)
-    return Taken(rows, first, np.full(len(rows), -1, np.float32))
+def _by_first_class(table: Path, rows: np.ndarray, classes: int) -> tuple[Taken, np.ndarray]:
+    first = _matrix(table, ["class_0"])[:, 0].astype(np.int64)
+    return Taken(rows, first[rows], np.full(len(rows), -1, np.float32)), np.bincount(first, minlength=classes)
+
+
+def _refuse_nan(surprisals: np.ndarray, table: Path) -> None:
+    if not np.isfinite(surprisals).all():
+        raise UserError(f"{table} holds logits that are NaN or infinite: their teacher is broken. Look at its training.")
 
 
 def _matrix(table: Path, columns: list[str]) -> np.ndarray:
