@@ -5,8 +5,8 @@
 
 Each image belongs to its teacher's first class (`membership: argmax`), and the k of highest log p of each class are
 taken, as `select` does. The truth is a table with the columns tar, member and label (null: of no class), or else the
-folder names in the ids: an image in a folder that no class is named after counts as one of no class, even where the
-folder means the same. No stage reads either.
+folder names in the ids: an image in a folder that no class is named after counts as one of no class, unless --same
+says what the folder means (n02123045=cat). No stage reads either.
 """
 
 import argparse
@@ -28,11 +28,12 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, default=Path("data/dedup/pool"), help="the manifest that was scored")
     parser.add_argument("--truth", type=Path, help="a Parquet table with the columns tar, member, label")
     parser.add_argument("--k", type=int, nargs="+", default=[50, 100, 200, 300, 500, 1000, 2000])
+    parser.add_argument("--same", nargs="+", default=[], metavar="FOLDER=CLASS", help="folders that mean a class")
     args = parser.parse_args()
     pool = manifest.read(args.pool)
     classes = select._classes(artifact.verify(args.scores), args.pool, len(pool))
     ids = pool.table["id"].to_pylist()
-    held = from_table(args.truth, ids, classes) if args.truth else from_folders(ids, classes)
+    held = from_table(args.truth, ids, classes) if args.truth else from_folders(ids, classes, args.same)
     print(f"{len(ids):,} pool images, {np.mean(held != NONE):.1%} of them of the {len(classes)} classes\n")
     print(purity(args.scores / select.SCORES, held, classes, args.k))
 
@@ -45,9 +46,10 @@ def from_table(truth: Path, ids: Sequence[str], classes: Sequence[str]) -> np.nd
     return np.array([NONE if label[image] is None else number[label[image]] for image in ids])
 
 
-def from_folders(ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """(N,) the class that a folder of each image's id is named after, or NONE."""
+def from_folders(ids: Sequence[str], classes: Sequence[str], same: Sequence[str] = ()) -> np.ndarray:
+    """(N,) the class that a folder of each image's id is named after, or means by `same` ("folder=class"), or NONE."""
     number = {name: i for i, name in enumerate(classes)}
+    number |= {folder: number[name] for folder, name in (pair.split("=") for pair in same)}
     return np.array([next((number[f] for f in image.split("/")[:-1] if f in number), NONE) for image in ids])
 
 
@@ -69,8 +71,8 @@ def purity(table: Path, held: np.ndarray, classes: Sequence[str], ks: Sequence[i
         share = np.bincount(t, t == h, len(classes)) / np.maximum(counts, 1)
         taking = np.flatnonzero(counts)
         best, worst = taking[share[taking].argmax()], taking[share[taking].argmin()]
-        right, none = np.mean(t == h), np.mean(h == NONE)
-        figures = " | ".join(f"{100 * share:.1f}" for share in (right, 1 - right - none, none))
+        shares = (np.mean(t == h), np.mean((t != h) & (h != NONE)), np.mean(h == NONE))
+        figures = " | ".join(f"{100 * share:.1f}" for share in shares)
         extremes = f"{classes[best]} {100 * share[best]:.0f}, {classes[worst]} {100 * share[worst]:.0f}"
         lines.append(f"| {k:,} | {len(t):,} | {figures} | {extremes} | {(counts < k).sum()} |")
     return "\n".join(lines)

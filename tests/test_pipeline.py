@@ -152,7 +152,10 @@ def test_mlflow_has_every_stage_also_those_that_dvc_skipped(house: House) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dedupe": {}}, "nothing reads the key `dedupe` (did you mean `dedup`?)"),
+        (
+            {"dedupe": {}, "compare": {"title": "other", "baseline": "ssld"}},
+            "nothing reads the key `dedupe` (did you mean `dedup`?)",
+        ),
         ({"prepare": {**PARAMS["prepare"], "holdout": "much"}}, "`prepare.holdout` is 'much'"),
         ({"prepare": {**PARAMS["prepare"], "val": [{"kind": "tar", "path": "nowhere.tar"}]}}, "nowhere.tar"),
     ],

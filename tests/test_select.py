@@ -270,6 +270,7 @@ def test_hidden_labels_come_from_a_table_or_from_folders(tmp_path: Path) -> None
     ids = ["a.tar/img/1.jpg", "a.tar/img/2.jpg", "b.tar/img/1.jpg"]
     assert list(purity.from_table(tmp_path / "truth.parquet", ids, CLASSES)) == [1, purity.NONE, 0]
     assert list(purity.from_folders(["t.tar/fox/1.jpg", "t.tar/n01/images/fox.jpg"], CLASSES)) == [5, purity.NONE]
+    assert list(purity.from_folders(["t.tar/n01/images/fox.jpg"], CLASSES, ["n01=dog"])) == [3]
 
 
 def test_it_starts_without_torch() -> None:
