@@ -1,7 +1,7 @@
 """Model directories: `model.safetensors` and `model.json`. Nothing is ever pickled."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ class Description:
     input: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+
+    def trained(self, steps: int, batch: int, labelled: int, unlabelled: int, note: str | None) -> "Description":
+        """The description after further training: steps add up, and images seen in an earlier training stay seen."""
+        before = self.training
+        facts = {
+            "steps": before.get("steps", 0) + steps,
+            "batch": batch,
+            "labelled": max(before.get("labelled", 0), labelled),
+            "unlabelled": max(before.get("unlabelled", 0), unlabelled),
+            "note": note or before.get("note"),
+        }
+        return replace(self, training=facts)
 
 
 def save(folder: Path, model: torch.nn.Module, description: Description, history: dict[str, Any]) -> None:

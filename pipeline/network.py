@@ -44,7 +44,7 @@ def start(network: Network | None, init: Path, classes: tuple[str, ...], seed: i
         model = models.create(found.arch, len(classes), found.options)
         order = found.classes if set(found.classes) == set(classes) else None
         _take_over(model, checkpoint.weights(init), str(init), order, classes)
-        return model, Description(found.arch, classes, found.input, found.options)
+        return model, Description(found.arch, classes, found.input, found.options, found.training)
     if network is None:
         raise CheckpointError(f"`model` is required where `init` is not a model directory but {init}.")
     model = models.create(network.arch, len(classes), network.options)

@@ -54,14 +54,17 @@ def taught(data: Path, out: Path, seed: int = 0, scratch: Path | None = None, in
     return out
 
 
-def distilled(data: Path, out: Path, teacher: Path, chosen: Path | None = None, **params: Any) -> dict[str, Any]:
-    section = {"init": "scratch", "teacher": "-", "images": "-", "model": SMALL, "training": TRAINING, **params}
+def distilled(
+    data: Path, out: Path, teacher: Path, chosen: Path | None = None, init_path: Path = SCRATCH, **params: Any
+) -> dict[str, Any]:
+    model = SMALL if init_path == SCRATCH else None
+    section = {"init": "-", "teacher": "-", "images": "-", "model": model, "training": TRAINING, **params}
     return dict(
         distil.run(
             distil.Distil.model_validate(section),
             train=data / "train",
             holdout=data / "holdout",
-            init=SCRATCH,
+            init=init_path,
             teacher=teacher,
             chosen=chosen or data / "pool",
             out=out,
@@ -113,6 +116,14 @@ def test_distil_adds_the_labelled_images_once(data: Path, tmp_path: Path) -> Non
     assert distilled(data, tmp_path / "a", teacher)["images"] == 20 + 18
     assert distilled(data, tmp_path / "b", teacher, labelled=False)["images"] == 20
     assert distilled(data, tmp_path / "c", teacher, chosen=data / "train")["images"] == 18
+
+
+def test_a_fine_tune_has_seen_what_its_start_had_seen(data: Path, tmp_path: Path) -> None:
+    teacher = taught(data, tmp_path / "teacher")
+    distilled(data, tmp_path / "ssld", teacher)
+    distilled(data, tmp_path / "finetune", teacher, chosen=data / "train", init_path=tmp_path / "ssld")
+    training = checkpoint.describe(tmp_path / "finetune").training
+    assert (training["steps"], training["labelled"], training["unlabelled"]) == (8, 24, 20)
 
 
 def test_teacher_and_student_see_the_same_view_each_with_its_own_normalisation(

@@ -86,18 +86,18 @@ def run(
         ),
         checkpoint_minutes=machine.checkpoint_minutes,
     )
-    facts = {
-        "steps": params.training.steps,
-        "batch": params.training.batch,
-        "labelled": expert_description.training.get("labelled", 0),
-        "unlabelled": 0 if only_labelled else len(unlabelled),
-        "note": params.note or expert_description.training.get("note"),
-    }
-    described = checkpoint.Description(description.arch, labelled.classes, description.input, description.options, facts)
+    taught_by = expert_description.training
+    described = description.trained(
+        params.training.steps,
+        params.training.batch,
+        taught_by.get("labelled", 0),
+        0 if only_labelled else len(unlabelled),
+        params.note or taught_by.get("note"),
+    )
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)
     measured = {f"holdout_{name}": value for name, value in check(model).items()}
-    return {"steps": facts["steps"], "images": len(seen), "parameters": models.parameters_of(model), **measured}
+    return {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model), **measured}
 
 
 def _frozen(teacher: nn.Module, statistics: str, on: device.Device) -> nn.Module:

@@ -71,18 +71,12 @@ def run(
             check=check,
             checkpoint_minutes=machine.checkpoint_minutes,
         )
-    facts = {
-        "steps": params.training.steps if params.training else 0,
-        "batch": params.training.batch if params.training else 0,
-        "labelled": len(labelled) + len(held_out),
-        "unlabelled": 0,
-        "note": params.note,
-    }
-    described = checkpoint.Description(description.arch, labelled.classes, description.input, description.options, {**facts})
+    steps, batch = (params.training.steps, params.training.batch) if params.training else (0, 0)
+    described = description.trained(steps, batch, len(labelled) + len(held_out), 0, params.note)
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)
     measured = {f"holdout_{name}": value for name, value in check(model).items()}
-    return {"steps": facts["steps"], "images": len(labelled), "parameters": models.parameters_of(model), **measured}
+    return {"steps": steps, "images": len(labelled), "parameters": models.parameters_of(model), **measured}
 
 
 if __name__ == "__main__":
