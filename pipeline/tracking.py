@@ -333,7 +333,8 @@ class Mirror:
             journal.sent()
         else:
             # On the last step of the curves: MLflow shows the value of the highest step as a run's metric.
-            final = [(name, value, end["time"], last) for name, value in _numbers(end["metrics"]).items()]
+            # A millisecond later: of two values of one step and one millisecond MLflow takes the larger for the latest.
+            final = [(name, value, end["time"] + 0.001, last) for name, value in _numbers(end["metrics"]).items()]
             store.log(run_id, {}, metrics + final)
             self._end(journal, store, run_id, end)
 
