@@ -159,6 +159,14 @@ def test_a_stage_needs_no_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
 
 
+def test_the_final_value_wins_also_within_one_millisecond(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as stopped:
+        stopped.setattr(time, "time", lambda: 1_800_000_000.0)
+        execute(record("distil.ssld"), loss=0.5)
+    send()
+    assert the_run(store).data.metrics["loss"] == 0.5
+
+
 def test_a_run_carries_all_that_the_stage_told(store: Store) -> None:
     r = record("distil.ssld", made_of=(record("teach.teacher"),))
     execute(r, accuracy=0.75, loss=0.5, per_class={"an ant!": 1, "bee": None, "../a//b": 2}, rule="top")
@@ -171,14 +179,6 @@ def test_a_run_carries_all_that_the_stage_told(store: Store) -> None:
     # The final loss wins over the curve of the same name, which ends on a higher value.
     assert run.data.metrics == {"accuracy": 0.75, "loss": 0.5, "per_class.an ant_": 1.0, "per_class_._a__b": 2.0}
     assert history(store, run, "loss") == [(1, 2.0), (2, 1.0), (2, 0.5)]
-
-
-def test_the_final_value_wins_also_within_one_millisecond(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as stopped:
-        stopped.setattr(time, "time", lambda: 1_800_000_000.0)
-        execute(record("distil.ssld"), loss=0.5)
-    send()
-    assert the_run(store).data.metrics["loss"] == 0.5
     tags = run.data.tags
     assert (tags["winnow.stage"], tags["winnow.entry"], tags["winnow.key"]) == ("distil", "ssld", r["key"])
     assert json.loads(tags["winnow.inputs"])["teach"] == {
