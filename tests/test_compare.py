@@ -323,7 +323,7 @@ def test_the_page_tells_the_comparison_and_where_it_came_from(four: Path) -> Non
     ssld = json.loads((out / "comparison.json").read_text())["entries"]["ssld"]
     assert "Scenes" in text
     # finetune and baseline are as good on holdout; the teacher, a larger network, is no peer of the baseline's.
-    assert f"ssld does best on the held-out images. It names {100 * ssld['val']['top1']:.1f} % of 400 validation" in text
+    assert f"ssld1 does best on the held-out images. It names {100 * ssld['val']['top1']:.1f} % of 400 validation" in text
     assert all(name in text for name in (*ENTRIES, "class 7", NOTE, "sym_kl"))
     assert "95,123 images in the pool" in text.replace("95,123images", "95,123 images")
     assert "94,567" in text

@@ -263,7 +263,11 @@ COLUMNS = (
         "Images whose labels were read in training, by the model or by its teacher.",
         lambda e: f"{e.evaluation.training.labelled:,}",
     ),
-    Column("unlabelled", "Pool images that it learned from.", lambda e: f"{e.evaluation.training.unlabelled:,}"),
+    Column(
+        "unlabelled",
+        "Pool images that its own training saw; a fine-tune starts from a model that saw others.",
+        lambda e: f"{e.evaluation.training.unlabelled:,}",
+    ),
     Column("steps", "Optimisation steps of its own training.", lambda e: f"{e.evaluation.training.steps:,}"),
     Column("parameters", "Weights of the network.", lambda e: f"{e.evaluation.model.parameters:,}", False),
 )
@@ -504,6 +508,7 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,
 }
 WIDTH = 5.8  # inches: small, so that letters stay legible when a phone shrinks the plot
+LEGEND = 66  # letters that fit into the width
 
 
 def _draw_accuracies(entries: Sequence[Entry]) -> Figure:
@@ -531,7 +536,8 @@ def _checks(entry: Entry) -> list[Mapping[str, float]]:
 
 
 def _draw_curves(entries: Sequence[Entry]) -> Figure:
-    figure = Figure(figsize=(WIDTH, 3.4))
+    columns = max(1, LEGEND // (max(len(e.name) for e in entries) + 6))
+    figure = Figure(figsize=(WIDTH, 3.0 + 0.22 * math.ceil(len(entries) / columns)))
     axes = figure.subplots()
     axes.grid(axis="y")
     for i, e in enumerate(entries):
@@ -550,7 +556,7 @@ def _draw_curves(entries: Sequence[Entry]) -> Figure:
     axes.set_xlabel("optimisation step")
     axes.set_ylabel("holdout top-1 accuracy, %")
     axes.tick_params(axis="y", length=0)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
