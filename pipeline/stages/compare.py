@@ -463,7 +463,7 @@ def _counts(steps: Sequence[Step]) -> list[tuple[int, str]]:
         (prepared.get("train"), "labelled images to learn from"),
         (prepared.get("pool"), "images in the pool"),
         *((run.metrics.get("pool"), "left after dedup") for run in selections[:1]),
-        *((run.metrics.get("images"), f"taken by select/{run.name}") for run in selections if run.params["rule"] != "all"),
+        *((run.metrics.get("images"), f"selected as {run.name}") for run in selections if run.params["rule"] != "all"),
     ]
     return [(count, label) for count, label in counts if count is not None]
 
