@@ -107,12 +107,12 @@ def training(
     def ours() -> None:
         model = models.create(arch, 10, options)
 
-        def loss(views: Tensor, rows: np.ndarray) -> Tensor:
-            return F.cross_entropy(model(images.normalise(views, given)).float(), labels[rows].to(on.device))
+        def loss(model: nn.Module, batch: fit.Batch) -> Tensor:
+            return F.cross_entropy(model(images.normalise(batch.views, given)).float(), labels[batch.rows].to(on.device))
 
         with tempfile.TemporaryDirectory() as scratch:
             fit.fit(
-                *(model, loss, pixels, 32, images.View(), plan),
+                *(model, loss, pixels, images.viewer(32, images.View(), 0), plan),
                 seed=0,
                 device=on,
                 scratch=Path(scratch),

@@ -58,32 +58,43 @@ class Log(Protocol):
     def log(self, step: int | None = None, **values: float) -> None: ...
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a loss sees of one step."""
+
+    views: Tensor  # what `views` made of the canvases; mostly (B, 3, size, size) of 0..255 on the device
+    rows: np.ndarray  # (B,) row numbers
+    passes: np.ndarray  # (B,) how many times each image was seen before
+
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""The model as it is to be called, which may be wrapped, and a batch -> the mean over the batch."""
+
+
 class Order:
     """Which images a step sees: consecutive pieces of one shuffled pass after another over `n` images."""
 
     def __init__(self, n: int, batch: int, seed: int) -> None:
         self.n, self.batch, self.seed = n, batch, seed
-        self.epochs: dict[int, np.ndarray] = {}
+        self.shuffled: dict[int, np.ndarray] = {}
 
-    def rows(self, step: int) -> np.ndarray:
-        """(batch,) row numbers; the same for the same (seed, step)."""
-        position = np.arange(step * self.batch, (step + 1) * self.batch)
-        epoch, within = np.divmod(position, self.n)
-        return np.concatenate([self._shuffled(e)[within[epoch == e]] for e in np.unique(epoch)])
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(batch,) row numbers and (batch,) passes; the same for the same (seed, step)."""
+        passes, within = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), self.n)
+        return np.concatenate([self._pass(p)[within[passes == p]] for p in np.unique(passes)]), passes
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        if epoch not in self.epochs:
-            self.epochs = {e: rows for e, rows in self.epochs.items() if e >= epoch - 2}
-            self.epochs[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-        return self.epochs[epoch]
+    def _pass(self, number: int) -> np.ndarray:
+        if number not in self.shuffled:
+            self.shuffled = {p: rows for p, rows in self.shuffled.items() if p >= number - 2}
+            self.shuffled[number] = np.random.default_rng((self.seed, number)).permutation(self.n)
+        return self.shuffled[number]
 
 
 def fit(
     model: nn.Module,
-    loss: Callable[[Tensor, np.ndarray], Tensor],
+    loss: Loss,
     pixels: images.Pixels,
-    size: int,
-    view: images.View,
+    views: images.Views,
     training: Training,
     *,
     seed: int,
@@ -96,10 +107,10 @@ def fit(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train `model` in place; returns it (or its moving average) and the history of losses and held-out checks.
 
-    `loss` takes a batch of views, (B, 3, size, size) of 0..255 on the device, and their row numbers, and returns a scalar.
-    `check` measures the model on the held-out images, ten times in a run. A killed run goes on from its last checkpoint in
-    `scratch` and ends with the same bits as an undisturbed one. Raises TrainingError when the loss is no longer finite, keeping
-    the last good state.
+    `views` makes of canvases what `loss` takes. `check` measures the model on the held-out images, ten times in a run. A killed
+    run goes on from its last checkpoint in `scratch` and ends with the same bits as an undisturbed one; whatever must survive
+    for that is a parameter or a buffer of `model`. Raises TrainingError when the loss is no longer finite, keeping the last good
+    state.
     """
     model = device.place(model).train()
     optimizer = _optimizer(model, training)
@@ -112,11 +123,12 @@ def fit(
     steps = range(done.step, training.steps)
     saved = time.monotonic()
     with progress.bar(training.steps, "steps", label, done=done.step) as shown:
-        for step, raw in zip(steps, images.ahead(lambda s: pixels.gather(order.rows(s)), steps), strict=True):
-            random = _seeded(seed, step)
+        for step, raw in zip(steps, images.ahead(lambda s: pixels.gather(order.at(s)[0]), steps), strict=True):
+            _seed_dropout(seed, step)
             optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = training.rate(step)
+            rows, passes = order.at(step)
             with device.autocast():
-                value = loss(images.augment(device.batch(raw), size, view, random), order.rows(step))
+                value = loss(model, Batch(views(device.batch(raw), rows, passes), rows, passes))
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             if training.clip:
@@ -171,11 +183,9 @@ class _Done:
         return {"loss": loss, "lr": rate, **{f"holdout_{name}": value for name, value in measured.items()}}
 
 
-def _seeded(seed: int, step: int) -> torch.Generator:
-    """The random numbers of a step: the views draw from the returned generator, dropout from torch's own."""
-    state = np.random.SeedSequence((seed, step)).generate_state(2, np.uint64)
-    torch.manual_seed(int(state[0]))
-    return torch.Generator().manual_seed(int(state[1]))
+def _seed_dropout(seed: int, step: int) -> None:
+    """Dropout draws from torch's own generators; views have draws of their own."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]))
 
 
 def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:

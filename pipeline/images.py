@@ -16,6 +16,9 @@ from pipeline import manifest, progress
 from pipeline.decode import ImageRefused, decode
 from pipeline.params import Section
 
+Views = Callable[[torch.Tensor, np.ndarray, np.ndarray], torch.Tensor]
+"""From canvases, (B, 3, side, side) uint8 on the device, their (B,) row numbers and (B,) passes, to what the loss takes."""
+
 cv2.setNumThreads(1)  # the callers' worker threads share the cores already
 
 
@@ -164,34 +167,71 @@ def centre(batch: torch.Tensor, size: int) -> torch.Tensor:
     return batch[..., edge : edge + size, edge : edge + size]
 
 
-def augment(batch: torch.Tensor, size: int, view: View, random: torch.Generator) -> torch.Tensor:
-    """One training view of each canvas: (B, 3, S, S) uint8 to (B, 3, size, size) of 0..255, one draw of `random` (a CPU
-    generator).
+class Draws:
+    """Random numbers of images, each a function of (seed, pass, row, how many were drawn before) alone.
 
-    The view is drawn before any model sees it, so teacher and student get the same pixels.
+    The view of an image therefore does not depend on the batch, the process or the library version it is made in, and can be
+    made again. A library's generators give streams, not values by key; the mixing is SplitMix64's (Steele et al. 2014).
+    """
+
+    def __init__(self, seed: int, passes: np.ndarray, rows: np.ndarray) -> None:
+        """`passes` and `rows`: (B,) integers; `seed`: 0 or more."""
+        key = _mixed(np.full(len(rows), seed, np.uint64))
+        for part in (passes, rows):
+            key = _mixed(key + _GOLDEN * (part.astype(np.uint64) + np.uint64(1)))
+        self.key, self.drawn = key, 0
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+        """(B,) float32 in low..high on the CPU: the next draw of each image."""
+        self.drawn += 1
+        bits = _mixed(self.key + _GOLDEN * np.full(1, self.drawn, np.uint64))  # arrays wrap around; scalars warn
+        return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32)) * (2**-24 * (high - low)) + low
+
+    def integers(self, low: int, high: int) -> torch.Tensor:
+        """(B,) int64 in low..high - 1 on the CPU: the next draw of each image."""
+        return (self.uniform() * (high - low)).long().clamp_(max=high - low - 1) + low
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mixed(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def viewer(size: int, view: View, seed: int) -> Views:
+    """The views of an ordinary training: one of `size` pixels of each canvas, another one in each pass."""
+    return lambda raw, rows, passes: augment(raw, size, view, Draws(seed, passes, rows))
+
+
+def augment(batch: torch.Tensor, size: int, view: View, draws: Draws) -> torch.Tensor:
+    """One training view of each canvas: (B, 3, S, S) uint8 to (B, 3, size, size) of 0..255.
+
+    The view is made before any model sees it, so teacher and student get the same pixels.
     """
     n, device = len(batch), batch.device
-    flip = torch.rand(n, generator=random) < 0.5 if view.flip else torch.zeros(n, dtype=torch.bool)
+    flip = draws.uniform() < 0.5 if view.flip else torch.zeros(n, dtype=torch.bool)
     if view.kind == "crop":
-        area = torch.empty(n).uniform_(*view.scale, generator=random)
-        side = area.sqrt()
-        x, y = (torch.rand(2, n, generator=random) * 2 - 1) * (1 - side)
+        side = draws.uniform(*view.scale).sqrt()
+        x, y = draws.uniform(-1, 1) * (1 - side), draws.uniform(-1, 1) * (1 - side)
         theta = torch.zeros(n, 2, 3)
         theta[:, 0, 0], theta[:, 1, 1] = torch.where(flip, -side, side), side
         theta[:, 0, 2], theta[:, 1, 2] = x, y
         grid = F.affine_grid(theta.to(device), [n, 3, size, size], align_corners=False)
         out = F.grid_sample(batch.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     else:
-        out = _shifted(batch, size, view.pad if view.kind == "shift" else 0, flip.to(device), random)
-    return _colour(out, view, random)
+        out = _shifted(batch, size, view.pad if view.kind == "shift" else 0, flip.to(device), draws)
+    return _colour(out, view, draws)
 
 
-def _shifted(batch: torch.Tensor, size: int, pad: int, flip: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+def _shifted(batch: torch.Tensor, size: int, pad: int, flip: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Every shift as one gather of rows and columns, with the reflection and the flip in the index."""
     n, side = len(batch), batch.shape[-1]
     edge = (side - size) // 2
-    shift = torch.randint(-pad, pad + 1, (2, n, 1), generator=random) + edge if pad else torch.full((2, n, 1), edge)
-    index = (torch.arange(size) + shift).to(batch.device)  # 2, N, size
+    shift = torch.stack([draws.integers(-pad, pad + 1) for _ in range(2)]) + edge  # 2, N
+    index = (torch.arange(size) + shift[..., None]).to(batch.device)  # 2, N, size
     index = (side - 1 - (side - 1 - index).abs()).abs()  # reflect at 0 and at side - 1
     rows, columns = index[0], torch.where(flip[:, None], index[1].flip(1), index[1])
     lines = batch.permute(0, 2, 3, 1)  # N, H, W, C
@@ -199,14 +239,14 @@ def _shifted(batch: torch.Tensor, size: int, pad: int, flip: torch.Tensor, rando
     return picked.permute(0, 3, 1, 2)
 
 
-def _colour(batch: torch.Tensor, view: View, random: torch.Generator) -> torch.Tensor:
+def _colour(batch: torch.Tensor, view: View, draws: Draws) -> torch.Tensor:
     """Brightness, contrast around the mean grey, saturation around the pixel's grey, each by its own factor per image."""
     if not (view.brightness or view.contrast or view.saturation):
         return batch
     batch = batch.float()
 
     def factor(strength: float) -> torch.Tensor:
-        return (1 + strength * (2 * torch.rand(len(batch), 1, 1, 1, generator=random) - 1)).to(batch.device)
+        return draws.uniform(1 - strength, 1 + strength).view(-1, 1, 1, 1).to(batch.device)
 
     batch = batch * factor(view.brightness)
     luma = torch.tensor([0.299, 0.587, 0.114], device=batch.device).view(1, 3, 1, 1)

@@ -35,19 +35,18 @@ def train(
     labels = torch.from_numpy(np.random.default_rng(1).integers(0, 3, 50))
     steps = iter(range(10**6))
 
-    def loss(views: Tensor, rows: np.ndarray) -> Tensor:
+    def loss(model: nn.Module, batch: fit.Batch) -> Tensor:
         step = next(steps)
         if step == die_at:
             raise Killed
-        value = F.cross_entropy(model(images.normalise(views, INPUT)), labels[rows])
+        value = F.cross_entropy(model(images.normalise(batch.views, INPUT)), labels[batch.rows])
         return spoil(step, value) if spoil else value
 
     return fit.fit(
         model,
         loss,
         pixels,
-        8,
-        images.View(kind="shift", pad=2, brightness=0.2),
+        images.viewer(8, images.View(kind="shift", pad=2, brightness=0.2), seed=3),
         training,
         seed=3,
         device=CPU,
@@ -109,13 +108,13 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_every_epoch_sees_every_image_once_in_another_order() -> None:
+def test_every_pass_sees_every_image_once_in_another_order() -> None:
     order = fit.Order(50, 16, seed=0)
-    seen = np.concatenate([order.rows(step) for step in range(25)])  # 400 draws: 8 epochs
-    epochs = seen.reshape(8, 50)
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 8
-    assert np.array_equal(fit.Order(50, 16, seed=0).rows(20), seen[320:336])
+    rows, passes = np.concatenate([order.at(step) for step in range(25)], axis=1)  # 400 draws: 8 passes
+    assert all(sorted(seen) == list(range(50)) for seen in rows.reshape(8, 50))
+    assert len({tuple(seen) for seen in rows.reshape(8, 50)}) == 8
+    assert passes.tolist() == np.repeat(np.arange(8), 50).tolist()
+    assert np.array_equal(fit.Order(50, 16, seed=0).at(20)[0], rows[320:336])
 
 
 def test_norms_and_biases_do_not_decay(tmp_path: Path) -> None:

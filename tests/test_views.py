@@ -12,13 +12,13 @@ def batch(n: int = 6, side: int = 12) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 3, side, side), dtype=np.uint8))
 
 
-def draw(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def draw(n: int = 6, seed: int = 0, first_pass: int = 0) -> images.Draws:
+    return images.Draws(seed, np.full(n, first_pass), np.arange(n))
 
 
 def test_shift_is_a_crop_of_the_reflected_image_and_its_mirror() -> None:
     pictures = batch(64)
-    views = images.augment(pictures, 12, images.View(kind="shift", pad=3), draw())
+    views = images.augment(pictures, 12, images.View(kind="shift", pad=3), draw(64))
     padded = tv.pad(pictures, [3, 3, 3, 3], padding_mode="reflect")
     found, mirrored = set(), 0
     for picture, view in zip(padded, views, strict=True):
@@ -51,7 +51,7 @@ def test_crop_of_the_whole_area_is_the_image() -> None:
 
 def test_crop_magnifies_within_the_image() -> None:
     ramp = torch.linspace(0, 255, 32).expand(1, 3, 32, 32).to(torch.uint8).repeat(200, 1, 1, 1)
-    views = images.augment(ramp, 32, images.View(kind="crop", scale=(0.25, 0.25), flip=False), draw())
+    views = images.augment(ramp, 32, images.View(kind="crop", scale=(0.25, 0.25), flip=False), draw(200))
     widths = (views[:, 0, 0, -1] - views[:, 0, 0, 0]) / 255
     assert widths.mean() == pytest.approx(0.5, abs=0.04)
     centres = views[:, 0].mean((1, 2))
@@ -68,15 +68,34 @@ def test_colour_factors_follow_torchvision() -> None:
         ("contrast", lambda f: grey.mean() + f * (picture - grey.mean())),
     ):
         view = images.View.model_validate({"kind": "none", "flip": False, name: 0.5})
-        got = images.augment(picture, 12, view, draw(1))
+        got = images.augment(picture, 12, view, draw(1, seed=1))
         errors = [(got - expected(f).clamp(0, 255)).abs().max() for f in torch.linspace(0.5, 1.5, 2001)]
         assert min(errors) < 0.6, name
 
 
-def test_the_same_generator_state_gives_the_same_view() -> None:
+def test_a_view_depends_on_seed_pass_and_row_and_not_on_its_batch() -> None:
     view = images.View(kind="crop", brightness=0.3)
-    assert torch.equal(images.augment(batch(), 12, view, draw(5)), images.augment(batch(), 12, view, draw(5)))
-    assert not torch.equal(images.augment(batch(), 12, view, draw(5)), images.augment(batch(), 12, view, draw(6)))
+    views = images.viewer(12, view, seed=5)
+    rows, passes = np.array([4, 0, 3, 1, 5, 2]), np.array([0, 0, 1, 1, 2, 2])
+    together = views(batch(), rows, passes)
+    for i in range(6):
+        assert torch.equal(together[i], views(batch()[i : i + 1], rows[i : i + 1], passes[i : i + 1])[0])
+    assert not torch.equal(together, views(batch(), rows, passes + 1))
+    assert not torch.equal(together, views(batch(), rows + 1, passes))
+    assert not torch.equal(together, images.viewer(12, view, seed=6)(batch(), rows, passes))
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    draws = images.Draws(0, np.repeat(np.arange(50), 200), np.tile(np.arange(200), 50))
+    first, second, third = draws.uniform().double(), draws.uniform(-1, 1).double(), draws.integers(2, 7)
+    assert 0 <= first.min() < 0.001 < 0.999 < first.max() < 1
+    assert torch.histc(first, 10, 0, 1).sub(1000).abs().max() < 130  # more than four standard deviations
+    assert second.min() < -0.99 < 0.99 < second.max() < 1
+    assert third.bincount().tolist()[:2] == [0, 0]
+    assert third.bincount()[2:].sub(2000).abs().max() < 170
+    next_pass, next_row = first.view(50, 200)[1:], first.view(50, 200)[:, 1:]
+    pairs = [(first, second), (first.view(50, 200)[:-1], next_pass), (first.view(50, 200)[:, :-1], next_row)]
+    assert all(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.04 for a, b in pairs)
 
 
 def test_normalise_equals_torchvision() -> None:

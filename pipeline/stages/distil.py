@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,18 +60,17 @@ def run(
     expert = _frozen(expert, params.teacher_bn, on)
     cores = machine.cores(machine.workers)
 
-    def divergence(views: Tensor, rows: np.ndarray) -> Tensor:
+    def divergence(model: nn.Module, batch: fit.Batch) -> Tensor:
         with torch.no_grad():
-            t = predict.forward(expert, views, expert_input, on)  # N, C
-        return params.loss(student(images.normalise(views, given)), t)
+            t = predict.forward(expert, batch.views, expert_input, on)  # N, C
+        return params.loss(model(images.normalise(batch.views, given)), t)
 
     side = max(given.side, expert_input.side)
     model, history = fit.fit(
         student,
         divergence,
         images.load(seen, side, cores, machine.memory_gb, "images"),
-        max(given.size, expert_input.size),
-        params.view,
+        images.viewer(max(given.size, expert_input.size), params.view, seed),
         params.training,
         seed=seed,
         device=on,

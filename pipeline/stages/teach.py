@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import artifact, checkpoint, device, fit, images, manifest, models, network, predict, stage
 from pipeline.params import Machine, Section
@@ -52,16 +51,15 @@ def run(
         labels = torch.from_numpy(labelled.labels())
         smoothing = params.training.smoothing
 
-        def cross_entropy(views: Tensor, rows: np.ndarray) -> Tensor:
-            y = labels[rows].to(on.device)  # N
-            return F.cross_entropy(model(images.normalise(views, given)).float(), y, label_smoothing=smoothing)
+        def cross_entropy(model: nn.Module, batch: fit.Batch) -> Tensor:
+            y = labels[batch.rows].to(on.device)  # N
+            return F.cross_entropy(model(images.normalise(batch.views, given)).float(), y, label_smoothing=smoothing)
 
         model, history = fit.fit(
             model,
             cross_entropy,
             images.load(labelled, given.side, cores, machine.memory_gb, "train"),
-            given.size,
-            params.view,
+            images.viewer(given.size, params.view, seed),
             params.training,
             seed=seed,
             device=on,
