@@ -32,6 +32,27 @@ def writing(out: Path) -> Iterator[Path]:
 
     If the block raises, `out` is left as it was and the temporary directory is removed. A previous `out` is replaced.
     """
+    with _replacing(out) as tmp:
+        yield tmp
+        record = provenance.get()
+        if record is not None:
+            (tmp / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        files = {name: {"sha256": _sha256(tmp / name), "size": (tmp / name).stat().st_size} for name in _files(tmp)}
+        (tmp / CHECKSUMS).write_text(json.dumps({"files": files}, indent=1, sort_keys=True) + "\n")
+
+
+def copy(source: Path, out: Path) -> None:
+    """Write the artifact `source` to `out` byte for byte, its record included: a stage that changed nothing passes it on.
+
+    Readers of either see one identity, so nothing that was made from one is stale for the other.
+    """
+    verify(source)
+    with _replacing(out) as tmp:
+        shutil.copytree(source, tmp, dirs_exist_ok=True)
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     for left_by_a_killed_run in out.parent.glob(f".{out.name}.tmp-*"):
         shutil.rmtree(left_by_a_killed_run)
@@ -39,12 +60,7 @@ def writing(out: Path) -> Iterator[Path]:
     tmp.mkdir()
     try:
         yield tmp
-        record = provenance.get()
-        if record is not None:
-            (tmp / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        files = {name: {"sha256": _sha256(tmp / name), "size": (tmp / name).stat().st_size} for name in _files(tmp)}
-        (tmp / CHECKSUMS).write_text(json.dumps({"files": files}, indent=1, sort_keys=True) + "\n")
-        for name in [*files, CHECKSUMS]:
+        for name in _files(tmp):
             sync(tmp / name)
         sync(tmp)
         if out.exists():

@@ -97,9 +97,16 @@ def _in_order_of_use(column: pa.ChunkedArray) -> pa.Array:
 
 
 def concat(parts: Sequence[Manifest]) -> Manifest:
-    """The union of manifests with distinct images; the classes are those of the first that has any. Sorted by id."""
+    """The union of manifests, sorted by id; the classes are those of the first that has any.
+
+    Raises ManifestError if an image is in two of them.
+    """
     classes = next((p.classes for p in parts if p.classes), ())
-    return Manifest(pa.concat_tables([p.table for p in parts]).unify_dictionaries().sort_by("id"), classes)
+    table = pa.concat_tables([p.table for p in parts]).unify_dictionaries().sort_by("id")
+    again = pc.index(pc.equal(table["id"][:-1], table["id"][1:]), True).as_py()
+    if again >= 0:
+        raise ManifestError(f"the image {table['id'][again]} is in two of the sets that are to be put together.")
+    return Manifest(table, classes)
 
 
 def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[bytes]:

@@ -135,6 +135,23 @@ def test_identity_is_that_of_the_content(tmp_path):
     assert artifact.identity(one / "a.bin") == artifact.identity(two / "a.bin") != artifact.identity(other / "a.bin")
 
 
+def test_a_copy_is_the_same_artifact(tmp_path):
+    out = written(tmp_path / "out")
+    written(tmp_path / "copy", {"old.txt": b"what stood there"})
+    token = artifact.provenance.set({"stage": "another", "key": "k"})
+    try:
+        artifact.copy(out, tmp_path / "copy")
+    finally:
+        artifact.provenance.reset(token)
+    artifact.verify(tmp_path / "copy")
+    assert artifact.identity(tmp_path / "copy") == artifact.identity(out)
+    assert beside(out) == ["copy", "out"]
+    (out / "a.bin").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match=r"a\.bin was altered"):
+        artifact.copy(out, tmp_path / "copy")
+    artifact.verify(tmp_path / "copy")
+
+
 def test_identity_of_a_plain_folder(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ def png(image: np.ndarray) -> bytes:
     return encoded(image, "PNG")
 
 
-def manifest_of(folder: Path, images: Mapping[str, bytes | np.ndarray]) -> Path:
+def manifest_of(
+    folder: Path, images: Mapping[str, bytes | np.ndarray], label: int | None = None, classes: Sequence[str] = ()
+) -> Path:
     """A manifest artifact of images that lie one after another in one file."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -37,10 +39,10 @@ def manifest_of(folder: Path, images: Mapping[str, bytes | np.ndarray]) -> Path:
             data = image if isinstance(image, bytes) else png(image)
             height, width = (1, 1) if isinstance(image, bytes) else image.shape[:2]
             place = {"path": str(file), "offset": f.tell(), "size": len(data), "crc32": zlib.crc32(data)}
-            rows.append({"id": name, "width": width, "height": height, "label": None} | place)
+            rows.append({"id": name, "width": width, "height": height, "label": label} | place)
             f.write(data)
     with artifact.writing(folder) as tmp:
-        manifest.write(tmp, pa.Table.from_pylist(rows, manifest.SCHEMA), ())
+        manifest.write(tmp, pa.Table.from_pylist(rows, manifest.SCHEMA), classes)
     return folder
 
 
@@ -49,14 +51,15 @@ class Bench:
 
     def __init__(self, folder: Path, **sets: Mapping[str, bytes | np.ndarray]) -> None:
         self.folder = folder
-        self.inputs = {name: manifest_of(folder / name, sets.get(name, {})) for name in ("pool", "val", "train")}
+        self.inputs = {name: manifest_of(folder / name, sets.get(name, {})) for name in ("pool", "val")}
+        self.inputs["train"] = manifest_of(folder / "train", sets.get("train", {}), 0, ["thing"])
         self.overrides = folder / "overrides.csv"
         self.overrides.write_text("id,action,reason\n")
         self.scratch = folder / "scratch"
 
     def run(self, workers: int = 1, **params: Any) -> Mapping[str, Any]:
         self.scratch.mkdir(exist_ok=True)
-        outs = {f"{name}_out": self.folder / "out" / name for name in ("pool", "leaks", "gallery")}
+        outs = {f"{name}_out": self.folder / "out" / name for name in ("pool", "train", "leaks", "gallery")}
         return dedup.run(
             dedup.Dedup(**params),
             **self.inputs,
@@ -69,8 +72,8 @@ class Bench:
     def audit(self) -> list[dict[str, Any]]:
         return pq.read_table(artifact.verify(self.folder / "out" / "leaks") / "leaks.parquet").to_pylist()
 
-    def kept(self) -> set[str]:
-        return set(manifest.read(self.folder / "out" / "pool").table["id"].to_pylist())
+    def kept(self, name: str = "pool") -> set[str]:
+        return set(manifest.read(self.folder / "out" / name).table["id"].to_pylist())
 
     def page(self) -> str:
         return (self.folder / "out" / "gallery" / "index.html").read_text()
@@ -101,13 +104,43 @@ def test_copies_leave_the_pool_with_a_full_record_and_the_rest_stays(tmp_path: P
     assert (metrics["removed"], metrics["kept"], metrics["val_with_a_leak"]) == (2, 4, 2)
 
 
-def test_a_labelled_copy_is_reported_and_can_be_skipped(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("train", "strictness", "found", "stays"),
+    [
+        ("skip", "leaks", [], {"t0", "t1"}),
+        ("report", "leaks", [("t0", "v3", True)], {"t0", "t1"}),
+        ("remove", "leaks", [("t0", "v3", False)], {"t1"}),
+        ("remove", "none", [("t0", "v3", True)], {"t0", "t1"}),
+    ],
+)
+def test_a_labelled_copy_is_skipped_reported_or_removed(
+    tmp_path: Path, train: str, strictness: str, found: list[tuple[str, str, bool]], stays: set[str]
+):
     work = bench(tmp_path)
-    assert work.run()["train_copies"] == 1
-    assert [(row["id"], row["match_id"], row["kept"]) for row in work.audit() if row["relation"] == "train-val"] == [
-        ("t0", "v3", True)
-    ]
-    assert work.run(train="skip")["train_copies"] == 0
+    metrics = work.run(train=train, strictness=strictness)
+    assert [(row["id"], row["match_id"], row["kept"]) for row in work.audit() if row["relation"] == "train-val"] == found
+    assert (metrics["train_copies"], metrics["train_removed"]) == (len(found), 2 - len(stays))
+    assert work.kept("train") == stays
+    same = artifact.identity(work.folder / "out" / "train") == artifact.identity(work.inputs["train"])
+    assert same == (len(stays) == 2), "nothing that was trained on the labelled images is stale if they are the same"
+
+
+def test_removal_takes_no_class_away(tmp_path: Path):
+    work = Bench(tmp_path, pool=OTHERS, val=ORIGINALS, train={"t0": ORIGINALS["v3"]})
+    with pytest.raises(UserError, match="every labelled image of thing would go"):
+        work.run(train="remove")
+    work.overrides.write_text("id,action,reason\nt0,keep,the only one\n")
+    work.run(train="remove")
+    assert work.kept("train") == {"t0"}
+
+
+def test_a_labelled_image_can_be_removed_by_hand(tmp_path: Path):
+    work = bench(tmp_path)
+    work.overrides.write_text("id,action,reason\nt1,remove,seen by eye\n")
+    assert work.run()["train_removed"] == 1
+    assert work.kept("train") == {"t0"}
+    rows = {row["id"]: row for row in work.audit()}
+    assert [rows["t1"][key] for key in ("relation", "rule", "kept")] == ["train-val", "by hand", False]
 
 
 def test_review_and_unverifiable_are_listed_and_a_param_removes_them(tmp_path: Path):
@@ -172,7 +205,7 @@ def test_a_person_has_the_last_word_and_the_audit_says_so(tmp_path: Path):
         ("id,action,reason\np0,drop,x\n", "line 2: .* must be an id, `keep` or `remove`"),
         ("id,action,reason\np0,keep, \n", "line 2: .* a reason"),
         ("id,action,reason\np0,keep,a\np0,remove,b\n", "line 3: .* decided on twice"),
-        ("id,action,reason\nnobody,keep,a\n", "no image with the id nobody"),
+        ("id,action,reason\nnobody,keep,a\n", "have one with the id nobody"),
     ],
 )
 def test_a_wrong_override_stops_the_run_and_names_the_line(tmp_path: Path, text: str, message: str):
@@ -180,7 +213,7 @@ def test_a_wrong_override_stops_the_run_and_names_the_line(tmp_path: Path, text:
     file = tmp_path / "overrides.csv"
     file.write_text(text)
     with pytest.raises(UserError, match=message):
-        dedup.read_overrides(file, {"pool": pool})
+        dedup.read_overrides(file, {"pool": pool, "train": pool})
 
 
 def test_copies_within_the_pool_collapse_to_the_largest(tmp_path: Path):

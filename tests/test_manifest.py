@@ -101,6 +101,8 @@ def test_concat(tmp_path):
     assert both.table["id"].to_pylist() == ["a", "b", "c", "d"]
     assert both.table["label"].to_pylist() == [None, 0, None, 0]
     assert both.classes == ("cat",)
+    with pytest.raises(ManifestError, match="the image b is in two of the sets"):
+        manifest.concat([labelled, labelled.take(np.array([0])), pool])
 
 
 def indexed(tmp_path: Path) -> Manifest:

@@ -36,7 +36,7 @@ PARAMS: dict[str, Any] = {
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 4}},
     "distil": {
         "ssld": {**STUDENT, "images": "select/top"},
-        "finetune": {"init": "distil/ssld", "teacher": "teach/teacher", "images": "prepare/train", "training": TRAINING},
+        "finetune": {"init": "distil/ssld", "teacher": "teach/teacher", "images": "dedup/train", "training": TRAINING},
     },
     "evaluate": {
         "baseline": {"model": "teach/teacher"},

@@ -1,4 +1,4 @@
-"""The leak check: which images of the pool are copies of validation images, proof for each, and the pool without them."""
+"""The leak check: which images are copies of validation images, proof for each, and the pool and labelled set without them."""
 
 import base64
 import csv
@@ -58,16 +58,17 @@ class Dedup(Section):
     `strictness`, for the question whether look-alikes of validation images are a fair choice: `none` removes nothing that the
     check finds, `leaks` removes copies, `near` and `nearer` also images that correlate with a validation image (or its mirror
     image) by at least ALIKE as grey thumbnails of 16 x 16 pixels.
-    `review`: pool images that share features with a validation image but not enough pixels for certainty.
-    `unverifiable`: pool images with too few features to be checked, or that cannot be decoded.
-    `train`: look for validation images among the labelled ones too, and report them.
+    `review`: images that share features with a validation image but not enough pixels for certainty.
+    `unverifiable`: images with too few features to be checked, or that cannot be decoded.
+    `train`: look for validation images among the labelled ones too, and `report` them, or `remove` them by the same rules as
+    those of the pool (but for look-alikes, which are looked for in the pool only).
     `duplicates`: copies within the pool: `keep` does not look for them, `collapse` keeps the largest of each group.
     """
 
     strictness: Literal["none", "leaks", "near", "nearer"] = "leaks"
     review: Literal["keep", "remove"] = "keep"
     unverifiable: Literal["keep", "remove"] = "keep"
-    train: Literal["report", "skip"] = "report"
+    train: Literal["report", "skip", "remove"] = "report"
     duplicates: Literal["keep", "collapse"] = "keep"
 
 
@@ -84,6 +85,7 @@ def run(
     train: Path,
     overrides: Path,
     pool_out: Path,
+    train_out: Path,
     leaks_out: Path,
     gallery_out: Path,
     scratch: Path,
@@ -91,6 +93,8 @@ def run(
 ) -> stage.Metrics:
     """Remove from the pool every image that is a copy of a validation image.
 
+    `train_out`: the labelled images, without copies of validation images if `params.train` asks for it; where none goes it
+    is the artifact `train` byte for byte, so that nothing trained on it is stale when only the pool's findings change.
     `leaks_out`: `leaks.parquet`, one row per finding (docs/dedup.md). `gallery_out`: the findings as a page to look at.
     `overrides`: a CSV of id, action (keep or remove) and reason, by which a person has the last word.
     """
@@ -101,20 +105,42 @@ def run(
     if collapse:
         search.describe("pool")
     audits = [search.find("pool", "val", ALIKE.get(params.strictness))]
-    if params.train == "report":
+    if params.train != "skip":
         audits.append(search.find("train", "val"))
     if collapse:
         audits.append(_one_per_copy(search.find("pool", "pool"), sets["pool"]))
     audit = decide(pa.concat_tables([*audits, search.unverifiable("val")]), params, decisions)
-    dropped = audit.filter(pc.and_(pc.starts_with(audit["relation"], "pool-"), pc.invert(audit["kept"])))
-    kept = sets["pool"].table.filter(pc.invert(pc.is_in(sets["pool"].table["id"], dropped["id"].combine_chunks())))
+    kept = {name: _kept(sets[name], audit, name) for name in ("pool", "train")}
     with artifact.writing(pool_out) as tmp:
-        manifest.write(tmp, kept, sets["pool"].classes)
+        manifest.write(tmp, kept["pool"].table, sets["pool"].classes)
+    if len(kept["train"]) == len(sets["train"]):
+        artifact.copy(train, train_out)
+    else:
+        _check_classes(sets["train"], kept["train"])
+        with artifact.writing(train_out) as tmp:
+            manifest.write(tmp, kept["train"].table, sets["train"].classes)
     with artifact.writing(leaks_out) as tmp:
         pq.write_table(audit, tmp / "leaks.parquet", compression="zstd")
     with artifact.writing(gallery_out) as tmp:
         (tmp / "index.html").write_text(page(audit, sets))
-    return _metrics(audit, len(sets["pool"]), len(kept))
+    return _metrics(audit, len(sets["pool"]), len(kept["pool"]), len(sets["train"]) - len(kept["train"]))
+
+
+def _kept(images: Manifest, audit: pa.Table, name: str) -> Manifest:
+    gone = audit.filter(pc.and_(pc.starts_with(audit["relation"], f"{name}-"), pc.invert(audit["kept"])))["id"]
+    stays = pc.invert(pc.is_in(images.table["id"], gone.combine_chunks()))
+    return Manifest(images.table.filter(stays), images.classes)
+
+
+def _check_classes(before: Manifest, after: Manifest) -> None:
+    """A class whose every labelled image goes would be lost in silence."""
+    counts = [np.bincount(images.labels(), minlength=len(before.classes)) for images in (before, after)]
+    lost = [before.classes[i] for i in np.flatnonzero((counts[0] > 0) & (counts[1] == 0))]
+    if lost:
+        raise UserError(
+            f"dedup.train is `remove`, and every labelled image of {', '.join(lost)} would go. Set `dedup.train: report`, look "
+            "at data/dedup/gallery/index.html, and give those that shall stay a line in data/overrides.csv."
+        )
 
 
 class Search:
@@ -447,10 +473,18 @@ def _unverifiable(row: int, reason: str) -> Row:
     return {"row": row, "outcome": "unverifiable", "rule": reason}
 
 
-def read_overrides(file: Path, sets: Mapping[str, Manifest]) -> dict[str, tuple[str, str]]:
-    """{id: (action, reason)} of a CSV with the columns id, action (keep or remove) and reason.
+class Override(NamedTuple):
+    """A person's word on an image of the pool or of the labelled set (`of`: pool or train)."""
 
-    Raises UserError, naming the line, for anything else, for a missing reason, and for an id that is not in the pool.
+    of: str
+    action: str
+    reason: str
+
+
+def read_overrides(file: Path, sets: Mapping[str, Manifest]) -> dict[str, Override]:
+    """{id: Override} of a CSV with the columns id, action (keep or remove) and reason.
+
+    Raises UserError, naming the line, for anything else, for a missing reason, and for an id in neither pool nor train.
     """
     with file.open(newline="") as f:
         lines = csv.reader(f)
@@ -465,42 +499,51 @@ def read_overrides(file: Path, sets: Mapping[str, Manifest]) -> dict[str, tuple[
             if line[0] in found:
                 raise UserError(f"{where}: the image {line[0]} is decided on twice. Keep one of the two lines.")
             found[line[0]] = (line[1], line[2].strip())
-    known = pc.is_in(pa.array(list(found), pa.string()), sets["pool"].table["id"].combine_chunks())
-    for image, there in zip(found, known.to_pylist(), strict=True):
-        if not there:
-            raise UserError(f"{file}: the pool has no image with the id {image}. Correct or remove the line.")
-    return found
+    ids = pa.array(list(found), pa.string())
+    there = {
+        name: set(ids.filter(pc.is_in(ids, sets[name].table["id"].combine_chunks())).to_pylist()) for name in ("pool", "train")
+    }
+    for image in found:
+        if not any(image in images for images in there.values()):
+            raise UserError(
+                f"{file}: neither the pool nor the labelled images have one with the id {image}. Correct or remove the line."
+            )
+    return {image: Override("pool" if image in there["pool"] else "train", *said) for image, said in found.items()}
 
 
-def decide(audit: pa.Table, params: Dedup, overrides: Mapping[str, tuple[str, str]]) -> pa.Table:
+def decide(audit: pa.Table, params: Dedup, overrides: Mapping[str, Override]) -> pa.Table:
     """The audit with the last word on each image: `kept`, and the `override` and its `reason` where a person had it.
 
-    Only pool images are ever removed; findings in `train` and `val` are reports. A pool image removed by hand for which
-    nothing was found gets a row of its own.
+    Findings in `val` are reports, and so are those in `train` unless `params.train` is `remove`. An image removed by hand for
+    which nothing was found gets a row of its own.
     """
-    by_hand = {image for image, (action, _) in overrides.items() if action == "remove"}
-    audit = pa.concat_tables([audit, _rows_by_hand(sorted(by_hand - set(audit["id"].to_pylist())), audit.schema)])
+    found = set(zip(_of(audit), audit["id"].to_pylist(), strict=True))
+    by_hand = {(said.of, image) for image, said in overrides.items() if said.action == "remove"}
+    audit = pa.concat_tables([audit, _rows_by_hand(sorted(by_hand - found), audit.schema)])
     removing = {("pool-pool", "removed")}
     if params.strictness != "none":
-        removing |= {("pool-val", "removed"), ("pool-val", "alike")}
-        removing |= {("pool-val", outcome) for outcome in ("review", "unverifiable") if getattr(params, outcome) == "remove"}
-    rows = list(zip(*(audit[name].to_pylist() for name in ("relation", "outcome", "id")), strict=True))
-    dropped = {image for relation, outcome, image in rows if (relation, outcome) in removing} | by_hand
-    dropped -= overrides.keys() - by_hand
-    of_pool = [relation.startswith("pool-") for relation, _, _ in rows]
-    words = [
-        overrides.get(image, (None, None)) if mine else (None, None) for mine, (_, _, image) in zip(of_pool, rows, strict=True)
-    ]
-    kept = [not mine or image not in dropped for mine, (_, _, image) in zip(of_pool, rows, strict=True)]
-    audit = audit.append_column("kept", pa.array(kept, pa.bool_()))
-    audit = audit.append_column("override", pa.array([action for action, _ in words], pa.string()))
-    audit = audit.append_column("reason", pa.array([reason for _, reason in words], pa.string()))
+        outcomes = ["removed", "alike", *(o for o in ("review", "unverifiable") if getattr(params, o) == "remove")]
+        relations = ["pool-val", *(["train-val"] if params.train == "remove" else [])]
+        removing |= set(itertools.product(relations, outcomes))
+    images = list(zip(_of(audit), audit["id"].to_pylist(), strict=True))
+    reasons = zip(audit["relation"].to_pylist(), audit["outcome"].to_pylist(), strict=True)
+    dropped = {image for image, reason in zip(images, reasons, strict=True) if reason in removing} | by_hand
+    dropped -= {(said.of, image) for image, said in overrides.items() if said.action == "keep"}
+    words = [said if (said := overrides.get(image)) and said.of == of else None for of, image in images]
+    audit = audit.append_column("kept", pa.array([image not in dropped for image in images], pa.bool_()))
+    audit = audit.append_column("override", pa.array([word and word.action for word in words], pa.string()))
+    audit = audit.append_column("reason", pa.array([word and word.reason for word in words], pa.string()))
     return audit.drop_columns(["row", "match"]).sort_by([(name, "ascending") for name in ("relation", "id", "match_id")])
 
 
-def _rows_by_hand(images: list[str], schema: pa.Schema) -> pa.Table:
-    said = {"relation": "pool-val", "outcome": "removed", "rule": "by hand"}
-    return pa.Table.from_pylist([said | {"id": image} for image in images], schema)
+def _of(audit: pa.Table) -> list[str]:
+    """The set that each finding is about."""
+    return [relation.partition("-")[0] for relation in audit["relation"].to_pylist()]
+
+
+def _rows_by_hand(images: list[tuple[str, str]], schema: pa.Schema) -> pa.Table:
+    rows = [{"relation": f"{of}-val", "id": image, "outcome": "removed", "rule": "by hand"} for of, image in images]
+    return pa.Table.from_pylist(rows, schema)
 
 
 def _one_per_copy(audit: pa.Table, pool: Manifest) -> pa.Table:
@@ -530,7 +573,7 @@ def _groups(rows: np.ndarray, matches: np.ndarray, pool: Manifest) -> dict[int, 
     return {row: lead(row) for row in leader}
 
 
-def _metrics(audit: pa.Table, images: int, kept: int) -> Row:
+def _metrics(audit: pa.Table, images: int, kept: int, train_removed: int) -> Row:
     """Distinct images by outcome; an image counts once, by its strongest outcome."""
 
     def distinct(relation: str, outcome: str, without: Sequence[str] = ()) -> set[str]:
@@ -551,6 +594,7 @@ def _metrics(audit: pa.Table, images: int, kept: int) -> Row:
         "val_unverifiable": len(distinct("val", "unverifiable")),
         "train_copies": len(distinct("train-val", "removed")),
         "train_review": len(distinct("train-val", "review", ["removed"])),
+        "train_removed": train_removed,
     }
 
 
@@ -618,7 +662,7 @@ def _figure(row: Row, sets: Mapping[str, Manifest]) -> str:
         measured += f"covers {row['cover_image']:.0%} of it and {row['cover_match']:.0%} of its match"
     word = f"{row['override']} by hand: {html.escape(row['reason'])}" if row["override"] else "stays" if row["kept"] else "goes"
     opposite = "remove" if row["kept"] else "keep"
-    overrule = f'<small><code>{html.escape(row["id"])},{opposite},"..."</code></small>' if name == "pool" else ""
+    overrule = f'<small><code>{html.escape(row["id"])},{opposite},"..."</code></small>' if name != "val" else ""
     pair = html.escape(row["id"]) + (f" in {html.escape(row['match_id'])}" if match is not None else "")
     badge = f"<span class='outcome {row['outcome']}'>{row['outcome']}</span> {html.escape(row['rule'])}; {word}"
     return f"<figure>{shown}<figcaption>{badge}<small>{pair}</small><small>{measured}</small>{overrule}</figcaption></figure>"
