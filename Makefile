@@ -41,4 +41,4 @@ lock:  ## write requirements.lock anew from pyproject.toml
 	uv pip compile --universal --python-version 3.11 --generate-hashes --extra dev --no-header -o requirements.lock pyproject.toml
 
 clean:  ## remove what runs have made, but not the environment and not DVC's cache
-	rm -rf .scratch data/draw data/prepare data/dedup data/teach data/score data/select data/distil data/evaluate data/compare
+	rm -rf .scratch data/draw data/prepare data/dedup data/teach data/score data/select data/distil data/self_distil data/evaluate data/compare

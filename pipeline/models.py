@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline import exits
 from pipeline.errors import UserError
 
 SMALL = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
@@ -24,9 +25,14 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
 
     `arch`: resnet8/14/20/32/44/56/110 (He et al. 2016, section 4.2, for 32 px images; options `shortcut`, `width`,
     `stem_stride`); resnet18_3x3, resnet50_3x3, ... (timm's, with a 3x3 stem of stride 1 and no max-pooling); any name of timm.
-    `pretrained` brings timm's published weights (and needs a network or a filled cache). Raises ModelError.
+    The option `exits` gives a ResNet exits after its stages: `all` makes an `exits.Exits`, which returns more than logits; the
+    number of an exit makes the classifier that ends there. `pretrained` brings timm's published weights (and needs a network or
+    a filled cache). Raises ModelError or ExitError.
     """
     options = dict(options or {})
+    if exits.OPTION in options:
+        trunk = create(arch, classes, exits.plain(options), pretrained)
+        return exits.given(trunk, classes, options[exits.OPTION])
     try:
         if arch in SMALL:
             if pretrained:
@@ -57,11 +63,14 @@ def _timm(arch: str, classes: int, options: dict[str, Any], pretrained: bool) ->
     return model
 
 
-def head_prefix(model: nn.Module) -> str:
-    """The name of the classifier layer, which a model started from other classes does not take over."""
+def heads(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classifier layers, which a model started from other classes does not take over."""
+    if isinstance(model, exits.Exits | exits.Cut):
+        own = (f"trunk.{name}" for name in heads(model.trunk)) if isinstance(model, exits.Exits) else ()
+        return (*own, *(f"branches.{number}.linear." for number in model.branches))
     if isinstance(model, SmallResNet):
-        return "linear."
-    return f"{getattr(model, 'default_cfg', {}).get('classifier', 'fc')}."
+        return ("linear.",)
+    return (f"{getattr(model, 'default_cfg', {}).get('classifier', 'fc')}.",)
 
 
 class SmallResNet(nn.Module):
@@ -81,6 +90,7 @@ class SmallResNet(nn.Module):
         self.num_features = 4 * width
         self.conv1 = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU()
         widths, channels = (width, 2 * width, 4 * width), width
         for i, out in enumerate(widths):
             first = BasicBlock(channels, out, 2 if i else 1, shortcut)
@@ -94,14 +104,18 @@ class SmallResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, 4w, S', S')."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.act1(self.bn1(self.conv1(x)))
         for name in ("layer1", "layer2", "layer3"):
             x = self.get_submodule(name)(x)
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.linear(self.forward_features(x).mean((2, 3)))
+    def forward_head(self, features: Tensor) -> Tensor:
+        """(B, 4w, S', S') -> (B, classes)."""
+        logits: Tensor = self.linear(features.mean((2, 3)))
         return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
 
 
 class BasicBlock(nn.Module):

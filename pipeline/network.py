@@ -1,5 +1,6 @@
 """A network as params describe it or as a model directory holds it: what training starts from and what inference loads."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import checkpoint, images, models
+from pipeline import checkpoint, exits, images, models
 from pipeline.checkpoint import CheckpointError, Description
 from pipeline.params import Section
 
@@ -29,24 +30,29 @@ class Network(Section):
     source_classes: Literal["train"] | tuple[str, ...] | None = None
 
 
-def start(network: Network | None, init: Path, classes: tuple[str, ...], seed: int) -> tuple[nn.Module, Description]:
+def start(
+    network: Network | None, init: Path, classes: tuple[str, ...], seed: int, exit: int | None = None
+) -> tuple[nn.Module, Description]:
     """The network at the start of training, with a classifier in the order of `classes`.
 
     `init` is a model directory, which brings its own architecture; a checkpoint file for `network` (safetensors, or a .pth/.th
-    that holds only tensors); or data/scratch. A classifier of other classes is left behind. Raises CheckpointError, ModelError
-    or ArtifactError.
+    that holds only tensors); or data/scratch. A classifier of other classes is left behind. Of a network with several exits the
+    part up to `exit` is taken, by default the deepest. Raises CheckpointError, ModelError, ExitError or ArtifactError.
     """
     torch.manual_seed(seed)
     if init.is_dir():
         if network is not None:
             raise CheckpointError(f"`model` must be left out where training starts from {init}: that model is trained on.")
-        found = checkpoint.describe(init)
+        found, state = _up_to(exit, checkpoint.describe(init), checkpoint.weights(init), init)
         model = models.create(found.arch, len(classes), found.options)
-        order = found.classes if set(found.classes) == set(classes) else None
-        _take_over(model, checkpoint.weights(init), str(init), order, classes)
-        return model, Description(found.arch, classes, found.input, found.options, found.training)
+        _take_over(model, state, str(init), _same(found, classes), classes)
+        return model, replace(found, classes=classes)
     if network is None:
         raise CheckpointError(f"`model` is required where `init` is not a model directory but {init}.")
+    if exit is not None:
+        raise CheckpointError(f"`exit` is {exit}, but `init` ({init}) is not a model directory whose exits could be chosen from.")
+    if exits.are_all(network.options):
+        raise CheckpointError("`model.options.exits: all` is what `self_distil` adds by itself: leave it out.")
     model = models.create(network.arch, len(classes), network.options)
     foreign = _foreign(network, init, classes)
     if foreign is not None:
@@ -56,17 +62,77 @@ def start(network: Network | None, init: Path, classes: tuple[str, ...], seed: i
     return model, Description(network.arch, classes, network.input.model_dump(mode="json"), dict(network.options))
 
 
-def load(folder: Path, classes: tuple[str, ...]) -> tuple[nn.Module, Description, images.Input]:
-    """The trained network of a model directory. Raises CheckpointError if it does not tell `classes` apart, in that order."""
+def start_exits(network: Network | None, init: Path, classes: tuple[str, ...], seed: int) -> tuple[exits.Exits, Description]:
+    """The same with an exit after each stage; of a network that has none yet, the new ones start at random.
+
+    The trunk starts with the weights that `start` gives the plain network for the same seed.
+    """
+    trunk, found = start(network, init, classes, seed)
+    if exits.OPTION in found.options:
+        raise CheckpointError(
+            f"`{exits.OPTION}: {found.options[exits.OPTION]}` is one exit of a network: self-distillation starts from a network "
+            "without exits, or from one with all of them."
+        )
+    model = exits.Exits(trunk, len(classes))
+    if init.is_dir():
+        before = checkpoint.describe(init)
+        if exits.are_all(before.options):
+            _take_over(model, checkpoint.weights(init), str(init), _same(before, classes), classes)
+    return model, replace(found, options={**found.options, exits.OPTION: "all"})
+
+
+def load(folder: Path, classes: tuple[str, ...], exit: int | None = None) -> tuple[nn.Module, Description, images.Input]:
+    """The trained network of a model directory as an ordinary classifier; of one with exits, up to `exit` (null: the deepest).
+
+    Raises CheckpointError if it does not tell `classes` apart, in that order; ExitError if it has no such exit.
+    """
+    found, state = _up_to(exit, _of(folder, classes), checkpoint.weights(folder), folder)
+    model = models.create(found.arch, len(classes), found.options)
+    checkpoint.fill(model, state, str(folder))
+    return model, found, images.Input.model_validate(found.input)
+
+
+def load_exits(folder: Path, classes: tuple[str, ...]) -> exits.Exits | None:
+    """The trained network of a model directory with all its exits; None if it has no exits."""
+    found = _of(folder, classes)
+    if not exits.are_all(found.options):
+        return None
+    model = models.create(found.arch, len(classes), found.options)
+    assert isinstance(model, exits.Exits)
+    checkpoint.fill(model, checkpoint.weights(folder), str(folder))
+    return model
+
+
+def _of(folder: Path, classes: tuple[str, ...]) -> Description:
+    """The description of a model that tells `classes` apart."""
     found = checkpoint.describe(folder)
     if found.classes != classes:
         raise CheckpointError(
             f"{folder} knows the classes {_some(found.classes)}, the images the classes {_some(classes)}. "
             "A teacher and its student, a model and its validation images must have the same."
         )
-    model = models.create(found.arch, len(classes), found.options)
-    checkpoint.fill(model, checkpoint.weights(folder), str(folder))
-    return model, found, images.Input.model_validate(found.input)
+    return found
+
+
+def _up_to(exit: int | None, found: Description, state: dict[str, Tensor], folder: Path) -> tuple[Description, dict[str, Tensor]]:
+    """The description and the parameters of the ordinary classifier that ends at `exit`."""
+    if not exits.are_all(found.options):
+        if exit is not None:
+            raise exits.ExitError(f"`exit` is {exit}, but {folder} has no exits: they come with `self_distil`.")
+        return found, state
+    last = exits.count(state)
+    if exit is None or exit == last:
+        return replace(found, options=exits.plain(found.options)), exits.deepest(state)
+    if not 1 <= exit < last:
+        raise exits.ExitError(f"`exit` is {exit}, but {folder} has the exits 1 to {last}.")
+    found = replace(found, options={**found.options, exits.OPTION: exit})
+    wanted = models.create(found.arch, len(found.classes), found.options).state_dict()
+    return found, {name: tensor for name, tensor in state.items() if name in wanted}
+
+
+def _same(found: Description, classes: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The class names of a model's classifier in its order, if they are `classes`; None where it is left behind."""
+    return found.classes if set(found.classes) == set(classes) else None
 
 
 def _foreign(network: Network, init: Path, classes: tuple[str, ...]) -> dict[str, Tensor] | None:
@@ -97,13 +163,13 @@ def _take_over(
     model: nn.Module, state: dict[str, Tensor], source: str, order: tuple[str, ...] | None, classes: tuple[str, ...]
 ) -> None:
     """Fill `model` from `state`, whose classifier has the rows `order` (None: left behind), brought to the order of `classes`."""
-    head = models.head_prefix(model)
+    heads = models.heads(model)
     if order is None:
-        checkpoint.fill(model, state, source, skip=(head,))
+        checkpoint.fill(model, state, source, skip=heads)
         return
     rows = torch.tensor([order.index(name) for name in classes])
     width = len(order)
-    state = {k: v[rows] if k.startswith(head) and len(v) == width else v for k, v in state.items()}
+    state = {k: v[rows] if k.startswith(heads) and len(v) == width else v for k, v in state.items()}
     checkpoint.fill(model, state, source)
 
 

@@ -38,6 +38,7 @@ PARAMS: dict[str, Any] = {
         "ssld": {**STUDENT, "images": "select/top"},
         "finetune": {"init": "distil/ssld", "teacher": "teach/teacher", "images": "dedup/train", "training": TRAINING},
     },
+    "self_distil": {},
     "evaluate": {
         "baseline": {"model": "teach/teacher"},
         "ssld": {"model": "distil/ssld"},

@@ -13,11 +13,15 @@ from pipeline.params import Machine, Section
 class Teach(Section):
     """`init`: `scratch`, or the model directory to start from (`teach/teacher`). `training: null` keeps the model as it comes.
 
+    `exit`: of an `init` with several exits, where the model ends (null: at the deepest); with `training: null` that exit becomes
+    a model directory of its own.
+
     `labelled`: how many labelled images a model that is brought in has seen, for the table. `note` stands below the table.
     """
 
     init: str
     model: network.Network | None = None
+    exit: int | None = None
     view: images.View = images.View()
     training: fit.Training | None = None
     note: str | None = None
@@ -41,7 +45,7 @@ def run(
     """
     labelled, held_out = manifest.read(train), manifest.read(holdout)
     on = device.pick(machine)
-    model, description = network.start(params.model, init, labelled.classes, seed)
+    model, description = network.start(params.model, init, labelled.classes, seed, params.exit)
     model = on.place(model)
     given = images.Input.model_validate(description.input)
     cores = machine.cores(machine.workers)

@@ -1,0 +1,169 @@
+"""Train a network with exits that learn from its deepest one (Zhang et al. 2019, "Be Your Own Teacher", section 3)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor, nn
+
+from pipeline import artifact, checkpoint, device, exits, fit, images, losses, manifest, models, network, predict, stage
+from pipeline.exits import Exited
+from pipeline.fit import Batch
+from pipeline.images import View
+from pipeline.params import Machine, Section
+
+LABELS = "labels"
+"""The `teacher` of an entry that learns from labels; data/labels stands in dvc.yaml where a model directory would."""
+
+
+class SelfDistil(Section):
+    """`init`, `teacher` and `images` are read by dvc.yaml: what to start from, whom to learn from, which images to learn on.
+
+    `teacher: labels` is the paper's method, on labelled `images` (`prepare/train`). With a model directory as the teacher the
+    exits learn its soft labels by `loss` instead, on `images` and, where `labelled` is set, the labelled ones with their labels
+    unread: a student of SSLD that also teaches itself.
+
+    `alpha` weighs the deepest exit's probabilities at `temperature` against the labels, `lambda` its features; both apply to the
+    exits before it. The paper gives no values; published code has alpha 0.1 and 0.3, temperature 3, and lambda 1e-6 on pooled
+    features summed over a batch of 128 (here, where a batch is averaged, 1.28e-4). `alpha: 0` with `lambda: 0` is deep
+    supervision, the control.
+    """
+
+    init: str
+    teacher: str
+    images: str
+    model: network.Network | None = None
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.3
+    lambda_: NonNegativeFloat = Field(1e-4, alias="lambda")
+    temperature: Annotated[float, Field(gt=0)] = 3.0
+    labelled: bool = True
+    loss: losses.SoftLoss = losses.SoftLoss()
+    view: View = View()
+    training: fit.Training
+    note: str | None = None
+
+
+Target = Callable[[Tensor], Tensor]
+"""What an exit learns from outside: its (B, C) logits -> the mean over the batch of cross entropy or of a divergence."""
+
+
+def run(
+    params: SelfDistil,
+    *,
+    train: Path,
+    holdout: Path,
+    init: Path,
+    teacher: Path,
+    chosen: Path,
+    out: Path,
+    seed: int,
+    scratch: Path,
+    journal: stage.Journal,
+    machine: Machine,
+) -> stage.Metrics:
+    """Minimise, over exits i = 1..C, the sum of `objective`, and write the network with all its exits.
+
+    Every stage that takes a model directory sees its deepest exit, an ordinary classifier, unless it names another.
+    Raises TrainingError, CheckpointError, ModelError, ExitError; ManifestError if labels are needed and there are none.
+    """
+    labelled, held_out, given_images = manifest.read(train), manifest.read(holdout), manifest.read(chosen)
+    taught = teacher.name != LABELS
+    only_labelled = artifact.identity(chosen) == artifact.identity(train)
+    seen = manifest.concat([given_images, labelled]) if taught and params.labelled and not only_labelled else given_images
+    on = device.pick(machine)
+    student, description = network.start_exits(params.model, init, labelled.classes, seed)
+    on.place(student)
+    given = images.Input.model_validate(description.input)
+    cores = machine.cores(machine.workers)
+    if taught:
+        expert, expert_description, expert_input = network.load(teacher, labelled.classes)
+        expert = on.place(predict.folded(expert.requires_grad_(False)))
+        side, size = max(given.side, expert_input.side), max(given.size, expert_input.size)
+        origin = expert_description.training
+    else:
+        labels = torch.from_numpy(seen.labels())
+        side, size = given.side, given.size
+        origin = {"labelled": len(labelled) + len(held_out)}
+
+    def target(batch: Batch) -> Target:
+        if taught:
+            with torch.no_grad():
+                t = predict.forward(expert, batch.views, expert_input, on)  # B, C
+            return lambda s: params.loss(s, t)
+        y = labels[batch.rows].to(on.device)  # B
+        return lambda s: F.cross_entropy(s.float(), y, label_smoothing=params.training.smoothing)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        found = model(images.normalise(batch.views, given))
+        return objective(found, target(batch), params.alpha, params.lambda_, params.temperature)
+
+    check = checker(images.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on)
+    model, history = fit.fit(
+        student,
+        loss,
+        images.load(seen, side, cores, machine.memory_gb, "images"),
+        images.viewer(size, params.view, seed),
+        params.training,
+        seed=seed,
+        device=on,
+        scratch=scratch,
+        journal=journal,
+        label="self-distilling",
+        check=check,
+        checkpoint_minutes=machine.checkpoint_minutes,
+    )
+    described = description.trained(
+        params.training.steps,
+        params.training.batch,
+        origin.get("labelled", 0),
+        0 if only_labelled or not taught else len(given_images),
+        params.note or origin.get("note"),
+    )
+    with artifact.writing(out) as tmp:
+        checkpoint.save(tmp, model, described, history)
+    measured = {f"holdout_{name}": value for name, value in check(model).items()}
+    return {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model), **measured}
+
+
+def objective(found: Exited, target: Target, alpha: float, lambda_: float, temperature: float) -> Tensor:
+    """Sum over exits i of (1 - alpha) target(s_i) + alpha T^2 KL(q_C || q_i) + lambda ||F_i - F_C||^2.
+
+    q = softmax(s / T) of an exit's logits, F its features before the pool, C the deepest exit: it has neither of the last two
+    terms, its first has the weight 1, and no gradient reaches it through those of the others. Each term is the mean over the
+    batch of a sum over classes or over a whole feature map, in float32.
+    """
+    *shallow, deepest = found.logits
+    *maps, deepest_map = (f.float() for f in found.features)
+    from_deepest = losses.SoftLoss(name="kl", temperature=temperature)
+    total = target(deepest)
+    for s, f in zip(shallow, maps, strict=True):
+        total = total + (1 - alpha) * target(s)
+        if alpha:
+            total = total + alpha * from_deepest(s, deepest.detach())
+        if lambda_:
+            total = total + lambda_ * (f - deepest_map.detach()).square().sum((1, 2, 3)).mean()
+    return total
+
+
+def checker(
+    pixels: images.Pixels, labels: np.ndarray, given: images.Input, on: device.Device
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A function that measures all exits: `top1` (0..1) and `nll` (nats) of the deepest, `top1_exit1` ... of those before it."""
+    wanted = torch.from_numpy(labels)
+
+    def check(model: nn.Module) -> dict[str, float]:
+        out = torch.cat([batch for _, batch in predict.logits(exits.Stacked(model), pixels, given, on)])  # N, exits, C
+        right = (out.argmax(2) == wanted[:, None]).double().mean(0)
+        *before, top1 = right.tolist()
+        nll = float(F.cross_entropy(out[:, -1], wanted))
+        return {"top1": top1, "nll": nll, **{f"top1_exit{i}": share for i, share in enumerate(before, 1)}}
+
+    return check
+
+
+if __name__ == "__main__":
+    stage.main(run)
