@@ -66,7 +66,7 @@ def test_objective_is_the_papers_sum_of_ten_terms(alpha: float, lambda_: float) 
     ce, kl, hints = cross_entropies(found, y), divergences(found), distances(found)
     assert (len(ce), len(kl), len(hints)) == (4, 3, 3)
     expected = ce[3] + sum((1 - alpha) * ce[i] + alpha * kl[i] + lambda_ * hints[i] for i in range(3))
-    assert float(self_distil.objective(found, target(y), alpha, lambda_, T)) == pytest.approx(expected, rel=1e-5)
+    assert self_distil.objective(found, target(y), alpha, lambda_, T).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_deepest_exit_learns_from_its_target_alone() -> None:
@@ -85,7 +85,7 @@ def test_terms_do_not_grow_with_the_batch() -> None:
     found, y = batch()
     twice = Exited(tuple(torch.cat([s, s]) for s in found.logits), tuple(torch.cat([f, f]) for f in found.features))
     once = self_distil.objective(found, target(y), 0.3, 0.01, T)
-    assert float(self_distil.objective(twice, target(torch.cat([y, y])), 0.3, 0.01, T)) == pytest.approx(float(once), rel=1e-5)
+    assert self_distil.objective(twice, target(torch.cat([y, y])), 0.3, 0.01, T).item() == pytest.approx(once.item(), rel=1e-5)
 
 
 def self_distilled(
