@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -20,6 +21,9 @@ RECORD = "record.json"
 
 provenance: ContextVar[dict[str, Any] | None] = ContextVar("provenance", default=None)
 """The record of the stage at work: every artifact it writes carries it as `record.json`."""
+
+discard: ContextVar[bool] = ContextVar("discard", default=False)
+"""Set in all processes of a group but the first: what they write goes nowhere."""
 
 
 class ArtifactError(UserError):
@@ -53,6 +57,10 @@ def copy(source: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
+    if discard.get():
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield Path(nowhere)
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     for left_by_a_killed_run in out.parent.glob(f".{out.name}.tmp-*"):
         shutil.rmtree(left_by_a_killed_run)

@@ -1,10 +1,12 @@
 """Where and in which precision the networks run, from the `machine` section."""
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pipeline import group
 from pipeline.errors import UserError
 from pipeline.params import Machine
 
@@ -15,6 +17,7 @@ class Device:
 
     device: torch.device
     dtype: torch.dtype
+    compile: bool = False
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model there, in channels_last: 1.5 to 3 times faster in bfloat16, on CPUs and GPUs alike."""
@@ -35,6 +38,8 @@ def pick(machine: Machine) -> Device:
     torch.set_num_threads(machine.cores(machine.threads))
     torch.set_float32_matmul_precision("high")
     name = machine.device if machine.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and group.launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -42,8 +47,8 @@ def pick(machine: Machine) -> Device:
         raise UserError(f"params.yaml: `machine.device` is {name!r}, which torch cannot use here ({error}).") from None
     if machine.precision == "auto":
         fast = device.type == "cuda" or multiplies_bfloat16()
-        return Device(device, torch.bfloat16 if fast else torch.float32)
-    return Device(device, getattr(torch, machine.precision))
+        return Device(device, torch.bfloat16 if fast else torch.float32, machine.compile)
+    return Device(device, getattr(torch, machine.precision), machine.compile)
 
 
 def multiplies_bfloat16() -> bool:

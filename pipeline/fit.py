@@ -1,5 +1,6 @@
 """The one training loop: resumable to the bit, because data, views and dropout are functions of (seed, step)."""
 
+import contextlib
 import json
 import math
 import time
@@ -15,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline import artifact, images, progress
+from pipeline import artifact, group, images, progress
 from pipeline.device import Device
 from pipeline.errors import UserError
 from pipeline.params import Section
@@ -29,6 +30,8 @@ class Training(Section):
 
     `weight_decay` leaves biases and normalisation alone. `ema`: decay of a moving average of the weights, which then is the
     result (0: off). `clip`: bound of the gradient's norm (0: off). `smoothing`: label smoothing where labels are read.
+    `accumulate`: pass each batch in so many pieces, which take their own batch statistics, to save memory. `rates`: multiples of
+    the learning rate by the beginning of parameter names (`{conv1: 0.1, layer1: 0.2}`), the longest that fits: for transfer.
     """
 
     steps: PositiveInt
@@ -41,6 +44,8 @@ class Training(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip: NonNegativeFloat = 0.0
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    accumulate: PositiveInt = 1
+    rates: dict[str, PositiveFloat] = Field(default_factory=dict)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step in 0..steps-1."""
@@ -109,36 +114,45 @@ def fit(
 
     `views` makes of canvases what `loss` takes. `check` measures the model on the held-out images, ten times in a run. A killed
     run goes on from its last checkpoint in `scratch` and ends with the same bits as an undisturbed one; whatever must survive
-    for that is a parameter or a buffer of `model`. Raises TrainingError when the loss is no longer finite, keeping the last good
-    state.
+    for that is a parameter or a buffer of `model`. In a group of processes each takes its part of every batch; all return the
+    same model. Raises TrainingError when the loss is no longer finite, keeping the last good state.
     """
+    own = group.part(training.batch)
+    if (own.stop - own.start) % training.accumulate:
+        raise TrainingError(
+            f"`training.accumulate` is {training.accumulate}, which does not divide the {own.stop - own.start} images of a batch."
+        )
+    group.join(device.device)
     model = device.place(model).train()
+    called = group.wrapped(model, device.device)
     optimizer = _optimizer(model, training)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True) if training.ema else None
     result = model if average is None else average.module
     state = _State(scratch / "checkpoint", model, optimizer, average)
     done = state.resume()
     order = Order(len(pixels), training.batch, seed)
+    if device.compile:
+        called = torch.compile(called)  # type: ignore[assignment]
     every = math.ceil(training.steps / CHECKS)
     steps = range(done.step, training.steps)
     saved = time.monotonic()
     with progress.bar(training.steps, "steps", label, done=done.step) as shown:
-        for step, raw in zip(steps, images.ahead(lambda s: pixels.gather(order.at(s)[0]), steps), strict=True):
+        for step, raw in zip(steps, images.ahead(lambda s: pixels.gather(order.at(s)[0][own]), steps), strict=True):
             _seed_dropout(seed, step)
-            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = training.rate(step)
-            rows, passes = order.at(step)
-            with device.autocast():
-                value = loss(model, Batch(views(device.batch(raw), rows, passes), rows, passes))
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = training.rate(step) * parameters["multiple"]
+            rows, passes = (of_all[own] for of_all in order.at(step))
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            batch = Batch(views(device.batch(raw), rows, passes), rows, passes)
+            value = _backward(called, loss, batch, training.accumulate, device)
             if training.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             optimizer.step()
             if average is not None:
                 average.update_parameters(model)
-            done.losses.append(value.detach())
+            done.losses.append(value)
             done.step = step + 1
-            save = time.monotonic() - saved > 60 * checkpoint_minutes and done.step < training.steps
+            save = time.monotonic() - saved > 60 * checkpoint_minutes and done.step < training.steps and group.rank() == 0
             note = done.step % every == 0 or done.step == training.steps
             if save or note or done.step % NAN_STEPS == 0:
                 done.refuse_nan(training)
@@ -183,18 +197,46 @@ class _Done:
         return {"loss": loss, "lr": rate, **{f"holdout_{name}": value for name, value in measured.items()}}
 
 
+def _backward(called: nn.Module, loss: Loss, batch: Batch, pieces: int, device: Device) -> Tensor:
+    """Leave the gradient of the batch's mean loss in the parameters; returns that loss, of all processes."""
+    total = torch.zeros((), device=device.device)
+    parts = [np.array_split(of_all, pieces) for of_all in (batch.rows, batch.passes)]
+    for i, piece in enumerate(batch.views.chunk(pieces)):
+        waits = hasattr(called, "no_sync") and i < pieces - 1  # processes exchange gradients once
+        with called.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            with device.autocast():
+                value = loss(called, Batch(piece, parts[0][i], parts[1][i])) / pieces
+            value.backward()
+        total += value.detach()
+    return group.mean(total)
+
+
 def _seed_dropout(seed: int, step: int) -> None:
     """Dropout draws from torch's own generators; views have draws of their own."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, group.rank())).generate_state(1, np.uint64)[0]))
 
 
 def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    free = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": training.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    unused = set(training.rates)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            fitting = [start for start in training.rates if name.startswith(start)]
+            unused.difference_update(fitting)
+            multiple = training.rates[max(fitting, key=len)] if fitting else 1.0
+            groups.setdefault((parameter.ndim > 1, multiple), []).append(parameter)
+    if unused:
+        raise TrainingError(
+            f"`training.rates` names {', '.join(sorted(unused))}, with which no parameter of the model begins. "
+            f"They begin with {', '.join(sorted({name.split('.')[0] for name, _ in model.named_parameters()}))}."
+        )
+    parts: list[dict[str, Any]] = [
+        {"params": group, "weight_decay": training.weight_decay if decays else 0.0, "multiple": multiple}
+        for (decays, multiple), group in groups.items()
+    ]
     if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=training.momentum > 0)
-    return torch.optim.AdamW(groups, lr=training.lr)
+        return torch.optim.SGD(parts, lr=training.lr, momentum=training.momentum, nesterov=training.momentum > 0)
+    return torch.optim.AdamW(parts, lr=training.lr)
 
 
 class _State:

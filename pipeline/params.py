@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from pipeline.errors import UserError
 
@@ -26,7 +26,9 @@ class Machine(Section):
     `device`: cpu, cuda, cuda:1, or auto (cuda where there is one). `precision`: the autocast type of training and inference;
     auto is bfloat16 on a GPU and on CPUs that multiply it in hardware, else float32. `threads` and `workers` 0: one per usable
     core. `memory_gb`: decoded images up to this size stay in memory; larger sets are decoded batch by batch.
-    `checkpoint_minutes`: how much work a killed training run may lose.
+    `checkpoint_minutes`: how much work a killed training run may lose. `processes`: how many train together, each on its part of
+    every batch (one per GPU; torchrun starts them). `compile`: translate the networks with torch.compile: worth its
+    start-up time on a GPU and in long runs.
     """
 
     device: str = "auto"
@@ -35,10 +37,12 @@ class Machine(Section):
     workers: NonNegativeInt = 0
     memory_gb: PositiveFloat = 4.0
     checkpoint_minutes: PositiveFloat = 5.0
+    processes: PositiveInt = 1
+    compile: bool = False
 
     def cores(self, wanted: int) -> int:
-        """`wanted`, or the number of cores this process may use if it is 0."""
-        return wanted or len(os.sched_getaffinity(0))
+        """`wanted`, or this process's share of the usable cores if it is 0."""
+        return wanted or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class ParamsError(UserError):

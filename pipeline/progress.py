@@ -1,5 +1,6 @@
 """Progress of long work: a live bar in a terminal, a plain line every ten seconds in a log."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,10 @@ class Bar(Protocol):
 @contextmanager
 def bar(total: int | None, unit: str, label: str, done: int = 0) -> Iterator[Bar]:
     """Show items, rate and time left of `total` items on stderr; `done` of them were finished by an earlier run."""
-    shown = _Live(total, unit, label, done) if sys.stderr.isatty() else _Lines(total, unit, label, done)
+    first = os.environ.get("RANK", "0") == "0"  # of a group of processes one tells
+    shown = (
+        _Silent() if not first else _Live(total, unit, label, done) if sys.stderr.isatty() else _Lines(total, unit, label, done)
+    )
     try:
         yield shown
     finally:
@@ -34,6 +38,14 @@ def track(items: Iterable[T], total: int | None, unit: str, label: str) -> Itera
         for item in items:
             yield item
             shown.update(1)
+
+
+class _Silent:
+    def update(self, items: int, **figures: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _Live:

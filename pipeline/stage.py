@@ -7,6 +7,7 @@ scratch folder and a journal to a `run` that asks for them, stamps the artifacts
 """
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -36,11 +37,14 @@ INERT = ("pipeline.stage", "pipeline.journal", "pipeline.tracking", "pipeline.pr
 PARAMS_FILE = Path("params.yaml")
 
 
-def main(run: Callable[..., Metrics]) -> None:
-    """Run a stage from the command line; a UserError ends it with a message and exit code 1, without a traceback."""
+def main(run: Callable[..., Metrics], parallel: bool = False) -> None:
+    """Run a stage from the command line; a UserError ends it with a message and exit code 1, without a traceback.
+
+    `parallel`: the stage trains with `fit`, so `machine.processes` processes can share it.
+    """
     _die_with_dvc()
     try:
-        _main(run, sys.argv[1:])
+        _main(run, sys.argv[1:], parallel)
     except UserError as error:
         _stop(str(error))
     except OSError as error:
@@ -54,7 +58,7 @@ def main(run: Callable[..., Metrics]) -> None:
         _stop("interrupted. Repeat the command to go on.", code=130)
 
 
-def _main(run: Callable[..., Metrics], argv: list[str]) -> None:
+def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool) -> None:
     stage = Path(inspect.getfile(run)).stem
     hints = get_type_hints(run)
     paths = [name for name in inspect.signature(run).parameters if hints.get(name) is Path and name != "scratch"]
@@ -65,6 +69,12 @@ def _main(run: Callable[..., Metrics], argv: list[str]) -> None:
     machine = (
         parameters.load(file, parameters.Machine, ("machine",)) if "machine" in parameters.read(file) else parameters.Machine()
     )
+    if parallel and machine.processes > 1 and "RANK" not in os.environ:
+        from pipeline import group  # torch, which not every stage needs
+
+        group.launch(machine.processes, f"pipeline.stages.{stage}", argv)
+    first = os.environ.get("RANK", "0") == "0"
+    artifact.discard.set(not first)
     given = {name: Path(getattr(args, name)) for name in paths}
     outs = {name: path for name, path in given.items() if is_out(name)}
     inputs = {name: path for name, path in given.items() if not is_out(name)}
@@ -76,27 +86,29 @@ def _main(run: Callable[..., Metrics], argv: list[str]) -> None:
         record["seed"] = injected["seed"] = parameters.load_seed(file)
     record["key"] = _key(record)
     name = ".".join(keys)
-    with _only_one(name):
+    with _only_one(name) if first else contextlib.nullcontext():
         scratch = SCRATCH / name / record["key"][:16]
         injected["scratch"] = scratch
         if "scratch" in hints:
             scratch.mkdir(parents=True, exist_ok=True)
         artifact.provenance.set(record)
-        journal = injected["journal"] = open_journal(record, SCRATCH / "journal")
+        journal = injected["journal"] = open_journal(record, SCRATCH / "journal") if first else Journal()
         random.seed(0)
         start = time.monotonic()
         try:
             metrics = dict(run(params, **given, **{k: v for k, v in injected.items() if k in hints}))
             metrics_file = Path("data", stage, f"{args.entry}.json") if args.entry else Path("data", stage, "metrics.json")
-            with artifact.writing_file(metrics_file) as tmp:
-                tmp.write_text(json.dumps(metrics, indent=1) + "\n")
+            if first:
+                with artifact.writing_file(metrics_file) as tmp:
+                    tmp.write_text(json.dumps(metrics, indent=1) + "\n")
         except BaseException as error:
             journal.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", {}, [])
             raise
         journal.log(seconds=time.monotonic() - start)
         journal.finish("FINISHED", metrics, list(outs.values()))
-        shutil.rmtree(SCRATCH / name, ignore_errors=True)
-    _say(name, metrics, time.monotonic() - start)
+        if first:
+            shutil.rmtree(SCRATCH / name, ignore_errors=True)
+            _say(name, metrics, time.monotonic() - start)
 
 
 def is_out(name: str) -> bool:
@@ -165,8 +177,8 @@ class _only_one:
 
 
 def _die_with_dvc() -> None:
-    """Ask the kernel to end this process with its parent when DVC runs it: DVC, killed, would leave the stage training on."""
-    if "DVC_ROOT" in os.environ and sys.platform == "linux":
+    """Ask the kernel to end this process with its parent, DVC or torchrun, which, killed, would leave the stage training on."""
+    if ("DVC_ROOT" in os.environ or "RANK" in os.environ) and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 

@@ -63,9 +63,9 @@ def train(
     [
         fit.Training(steps=23, batch=16, lr=0.05, clip=1.0),
         fit.Training(steps=23, batch=16, optimizer="adamw", lr=0.01, ema=0.9),
-        fit.Training(steps=23, batch=16, momentum=0.0),
+        fit.Training(steps=23, batch=16, momentum=0.0, accumulate=2, rates={"0.conv1": 0.1}),
     ],
-    ids=["sgd", "adamw-ema", "plain-sgd"],
+    ids=["sgd", "adamw-ema", "plain-sgd-in-pieces"],
 )
 @pytest.mark.parametrize("die_at", [1, 13, 22])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, training: fit.Training, die_at: int) -> None:
@@ -124,3 +124,45 @@ def test_norms_and_biases_do_not_decay(tmp_path: Path) -> None:
     assert free["weight_decay"] == 0
     assert all(p.ndim > 1 for p in decayed["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_pieces_of_a_batch_add_up_to_its_gradient(tmp_path: Path) -> None:
+    """Without batch statistics, which each piece takes for itself."""
+    results = []
+    labels = torch.arange(50) % 3
+    for pieces in (1, 4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        pixels = images.InMemory(np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+        trained, history = fit.fit(
+            model,
+            lambda model, batch: F.cross_entropy(model(images.normalise(batch.views, INPUT)), labels[batch.rows]),
+            pixels,
+            images.viewer(8, images.View(pad=1), 0),
+            fit.Training(steps=10, batch=16, accumulate=pieces),
+            seed=0,
+            device=CPU,
+            scratch=tmp_path / str(pieces),
+            journal=Silent(),
+            label="test",
+            check=lambda model: {},
+        )
+        results.append((trained.state_dict(), history))
+    (whole, whole_history), (pieced, pieced_history) = results
+    assert all(torch.allclose(whole[name], pieced[name], atol=1e-5) for name in whole)
+    assert whole_history["train"][-1]["loss"] == pytest.approx(pieced_history["train"][-1]["loss"], abs=1e-5)
+
+
+def test_pieces_must_divide_the_batch(tmp_path: Path) -> None:
+    with pytest.raises(fit.TrainingError, match=r"`training.accumulate` is 3.*16 images"):
+        train(tmp_path, fit.Training(steps=2, batch=16, accumulate=3))
+
+
+def test_parameters_learn_at_their_own_rates() -> None:
+    model = models.create("resnet8", 3, {"width": 4})
+    optimizer = fit._optimizer(model, fit.Training(steps=1, rates={"layer": 0.5, "layer1": 0.1}))
+    multiples = {id(p): part["multiple"] for part in optimizer.param_groups for p in part["params"]}
+    expected = {"conv1": 1.0, "bn1": 1.0, "layer1": 0.1, "layer2": 0.5, "layer3": 0.5, "linear": 1.0}
+    assert all(multiples[id(p)] == expected[name.split(".")[0]] for name, p in model.named_parameters())
+    with pytest.raises(fit.TrainingError, match=r"names stage, with which no parameter.*conv1, layer1"):
+        fit._optimizer(model, fit.Training(steps=1, rates={"stage": 0.5}))

@@ -110,4 +110,4 @@ def _frozen(teacher: nn.Module, statistics: str, on: device.Device) -> nn.Module
 
 
 if __name__ == "__main__":
-    stage.main(run)
+    stage.main(run, parallel=True)

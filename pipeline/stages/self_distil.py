@@ -166,4 +166,4 @@ def checker(
 
 
 if __name__ == "__main__":
-    stage.main(run)
+    stage.main(run, parallel=True)
