@@ -32,11 +32,15 @@ class Description:
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
-    def trained(self, steps: int, batch: int, labelled: int, unlabelled: int, note: str | None) -> "Description":
-        """The description after further training: steps add up, and images seen in an earlier training stay seen."""
+    def trained(self, steps: int, batch: int, labelled: int, unlabelled: int, note: str | None, *, macs: int) -> "Description":
+        """The description after further training: steps and compute add up, and images seen in an earlier training stay seen.
+
+        `macs`: the multiply-accumulates that an image of a step costs (`models.macs_of_training`).
+        """
         before = self.training
         facts = {
             "steps": before.get("steps", 0) + steps,
+            "macs": before.get("macs", 0) + steps * batch * macs,
             "batch": batch,
             "labelled": max(before.get("labelled", 0), labelled),
             "unlabelled": max(before.get("unlabelled", 0), unlabelled),

@@ -167,6 +167,12 @@ def macs(model: nn.Module, size: int) -> int:
     return counter.get_total_flops() // 2
 
 
+def macs_of_training(trained: nn.Module, size: int, *frozen: tuple[nn.Module, int]) -> int:
+    """Multiply-accumulates that one image costs in training: three forward passes' worth for the trained network, as the backward
+    pass takes about two, and one for each frozen network, given with its input size."""
+    return 3 * macs(trained, size) + sum(macs(model, side) for model, side in frozen)
+
+
 def torchvision_weights(arch: str) -> dict[str, Tensor]:
     """torchvision's published weights of a model, whose parameter names timm shares for ResNets, VGGs and DenseNets.
 

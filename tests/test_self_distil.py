@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline import artifact, checkpoint, manifest, network
+from pipeline import artifact, checkpoint, manifest, models, network
 from pipeline.checkpoint import CheckpointError
 from pipeline.exits import Exited
 from pipeline.journal import Journal
@@ -162,6 +162,9 @@ def test_a_self_distilled_network_is_a_student_of_ssld(data: Path, tmp_path: Pat
     assert artifact.identity(artifact.verify(teacher)) == before
     training = checkpoint.describe(tmp_path / "a").training
     assert (training["labelled"], training["unlabelled"]) == (24, 20)
+    whole = models.create("resnet8", 3, {"width": 4, "exits": "all"})
+    plain = models.create("resnet8", 3, {"width": 4})
+    assert training["macs"] == 4 * 8 * (3 * models.macs(whole, 16) + models.macs(plain, 16))
     assert self_distilled(data, tmp_path / "b", teacher, chosen=data / "pool", labelled=False)["images"] == 20
 
 

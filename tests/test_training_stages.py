@@ -126,6 +126,15 @@ def test_a_fine_tune_has_seen_what_its_start_had_seen(data: Path, tmp_path: Path
     assert (training["steps"], training["labelled"], training["unlabelled"]) == (8, 24, 20)
 
 
+def test_the_compute_of_a_training_includes_the_teachers_passes_and_the_starts(data: Path, tmp_path: Path) -> None:
+    teacher = taught(data, tmp_path / "teacher", model={**SMALL, "options": {"width": 8}})
+    distilled(data, tmp_path / "ssld", teacher)
+    distilled(data, tmp_path / "finetune", teacher, chosen=data / "train", init_path=tmp_path / "ssld")
+    small, large = (models.macs(models.create("resnet8", 3, {"width": w}), 16) for w in (4, 8))
+    assert checkpoint.describe(teacher).training["macs"] == 4 * 8 * 3 * large
+    assert checkpoint.describe(tmp_path / "finetune").training["macs"] == 2 * 4 * 8 * (3 * small + large)
+
+
 def test_teacher_and_student_see_the_same_view_each_with_its_own_normalisation(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def run(
         taught_by.get("labelled", 0),
         0 if only_labelled else len(unlabelled),
         params.note or taught_by.get("note"),
+        macs=models.macs_of_training(model, given.size, (expert, expert_input.size)),
     )
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)

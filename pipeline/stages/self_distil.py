@@ -82,11 +82,12 @@ def run(
     if taught:
         expert, expert_description, expert_input = network.load(teacher, labelled.classes)
         expert = on.place(predict.folded(expert.requires_grad_(False)))
+        frozen = [(expert, expert_input.size)]
         side, size = max(given.side, expert_input.side), max(given.size, expert_input.size)
         origin = expert_description.training
     else:
         labels = torch.from_numpy(seen.labels())
-        side, size = given.side, given.size
+        side, size, frozen = given.side, given.size, []
         origin = {"labelled": len(labelled) + len(held_out)}
 
     def target(batch: Batch) -> Target:
@@ -122,6 +123,7 @@ def run(
         origin.get("labelled", 0),
         0 if only_labelled or not taught else len(given_images),
         params.note or origin.get("note"),
+        macs=models.macs_of_training(model, given.size, *frozen),
     )
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)

@@ -74,7 +74,8 @@ def run(
             checkpoint_minutes=machine.checkpoint_minutes,
         )
     steps, batch = (params.training.steps, params.training.batch) if params.training else (0, 0)
-    described = description.trained(steps, batch, len(labelled) + len(held_out), 0, params.note)
+    cost = models.macs_of_training(model, given.size)
+    described = description.trained(steps, batch, len(labelled) + len(held_out), 0, params.note, macs=cost)
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)
     measured = {f"holdout_{name}": value for name, value in check(model).items()}
