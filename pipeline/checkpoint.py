@@ -23,7 +23,8 @@ class Description:
     """What stands in model.json: all that is needed to use the weights.
 
     `arch` and `options` make the network (`models.create`), `input` is what it takes (`images.Input` as a dict), `training`
-    says how it came about.
+    says how it came about. A model pre-trained without labels has no `classes` and is an encoder with the `projection` head of
+    so many `layers` and `out`puts.
     """
 
     arch: str
@@ -31,6 +32,7 @@ class Description:
     input: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    projection: dict[str, int] | None = None
 
     def trained(self, steps: int, batch: int, labelled: int, unlabelled: int, note: str | None, *, macs: int) -> "Description":
         """The description after further training: steps and compute add up, and images seen in an earlier training stay seen.

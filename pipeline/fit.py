@@ -32,12 +32,17 @@ class Training(Section):
     result (0: off). `clip`: bound of the gradient's norm (0: off). `smoothing`: label smoothing where labels are read.
     `accumulate`: pass each batch in so many pieces, which take their own batch statistics, to save memory. `rates`: multiples of
     the learning rate by the beginning of parameter names (`{conv1: 0.1, layer1: 0.2}`), the longest that fits: for transfer.
+
+    `lars` (You et al. 2017; momentum without Nesterov's step, trust coefficient 0.001) adapts the rate of each tensor, but not of
+    biases and normalisation. `lr_scaling`: `lr` is for 256 images and grows with the batch (linear; SimCLR 0.3), or is
+    multiplied by the square root of the batch (sqrt; SimCLR 0.075).
     """
 
     steps: PositiveInt
     batch: PositiveInt = 256
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
     lr: PositiveFloat = 0.1
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegativeFloat = 5e-4
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -49,10 +54,11 @@ class Training(Section):
 
     def rate(self, step: int) -> float:
         """The learning rate of a step in 0..steps-1."""
+        peak = self.lr * {"none": 1.0, "linear": self.batch / 256, "sqrt": math.sqrt(self.batch)}[self.lr_scaling]
         warm = round(self.warmup * self.steps)
         if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+            return peak * (step + 1) / warm
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
 class TrainingError(UserError):
@@ -236,6 +242,12 @@ def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     ]
     if training.optimizer == "sgd":
         return torch.optim.SGD(parts, lr=training.lr, momentum=training.momentum, nesterov=training.momentum > 0)
+    if training.optimizer == "lars":
+        from timm.optim import Lars  # a second of import time that the others need not pay
+
+        # By default timm's adapts where there is decay: a decay of 0 would make it plain SGD.
+        parts = [part | {"always_adapt": decays} for part, (decays, _) in zip(parts, groups, strict=True)]
+        return Lars(parts, lr=training.lr, momentum=training.momentum)
     return torch.optim.AdamW(parts, lr=training.lr)
 
 

@@ -17,6 +17,9 @@ class SoftLoss(Section):
     (p+q)/2, the true Jensen-Shannon divergence; near agreement its gradient is a quarter of KL's, so `weight` 4 compares like
     with like. `kl`: KL(p||q). `soft_ce`: -sum p log q. Each is summed over classes, averaged over the batch, and multiplied by
     T^2, which keeps the size of the gradient independent of T (Hinton et al. 2015, section 2), and by `weight`.
+
+    SimCLRv2 distils with `soft_ce`, at T = 0.1 to a network of the same kind and 1 to a smaller one. Its equation has no T^2: a
+    `weight` of 1 / T^2 takes that out; under LARS, which it uses, no such factor matters.
     """
 
     name: Literal["sym_kl", "js", "kl", "soft_ce"] = "sym_kl"

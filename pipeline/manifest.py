@@ -109,6 +109,22 @@ def concat(parts: Sequence[Manifest]) -> Manifest:
     return Manifest(table, classes)
 
 
+def balanced(images: Manifest, amount: float, seed: int) -> Manifest:
+    """As many images of each class: `amount` of them if it is an int, else that share of each class, at least one image.
+
+    Drawn by `seed`; a larger amount holds the images of a smaller one, and no class moves another's draw. Raises ManifestError
+    for a class with fewer images.
+    """
+    labels, kept = images.labels(), []
+    for label, name in enumerate(images.classes):
+        rows = np.flatnonzero(labels == label)
+        wanted = amount if isinstance(amount, int) else max(1, round(amount * len(rows)))
+        if not 0 < wanted <= len(rows):
+            raise ManifestError(f"`labels` asks for {wanted} images of the class {name}, which has {len(rows)}.")
+        kept.append(np.random.default_rng((seed, label)).permutation(rows)[:wanted])
+    return images.take(np.concatenate(kept))
+
+
 def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[bytes]:
     """The encoded bytes of the given rows, in that order.
 

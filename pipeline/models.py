@@ -13,7 +13,7 @@ from pipeline import exits
 from pipeline.errors import UserError
 
 SMALL = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
-STEM_3X3 = re.compile(r"(resnet(?:18|34|50|101|152))_3x3")
+STEM_3X3 = re.compile(r"((?:sk)?resnet(?:18|34|50|101|152))_3x3")
 
 
 class ModelError(UserError):
@@ -21,18 +21,22 @@ class ModelError(UserError):
 
 
 def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pretrained: bool = False) -> nn.Module:
-    """A classifier (B, 3, S, S) float -> (B, classes) logits.
+    """A classifier (B, 3, S, S) float -> (B, classes) logits; with 0 classes an encoder -> (B, F) pooled features.
 
     `arch`: resnet8/14/20/32/44/56/110 (He et al. 2016, section 4.2, for 32 px images; options `shortcut`, `width`,
-    `stem_stride`); resnet18_3x3, resnet50_3x3, ... (timm's, with a 3x3 stem of stride 1 and no max-pooling); any name of timm.
-    The option `exits` gives a ResNet exits after its stages: `all` makes an `exits.Exits`, which returns more than logits; the
-    number of an exit makes the classifier that ends there. `pretrained` brings timm's published weights (and needs a network or
-    a filled cache). Raises ModelError or ExitError.
+    `stem_stride`); resnet18_3x3, skresnet18_3x3, ... (timm's, with a 3x3 stem of stride 1 and no max-pooling); any name of timm.
+    Twice as wide is `width: 32` for the small ones, `channels: [128, 256, 512, 1024]` for timm's resnet* and skresnet*
+    (selective kernels). The option `exits` gives a ResNet exits after its stages: `all` makes an `exits.Exits`, which returns
+    more than logits; the number of an exit makes the classifier that ends there. With the option `head_layers` so many layers of
+    a projection head stand before the classifier (SimCLRv2's fine-tuning). `pretrained` brings timm's published weights (and
+    needs a network or a filled cache). Raises ModelError or ExitError.
     """
     options = dict(options or {})
     if exits.OPTION in options:
         trunk = create(arch, classes, exits.plain(options), pretrained)
         return exits.given(trunk, classes, options[exits.OPTION])
+    if head_layers := options.pop("head_layers", 0):
+        return HeadedClassifier(create(arch, 0, options, pretrained), head_layers, classes)
     try:
         if arch in SMALL:
             if pretrained:
@@ -68,7 +72,7 @@ def heads(model: nn.Module) -> tuple[str, ...]:
     if isinstance(model, exits.Exits | exits.Cut):
         own = (f"trunk.{name}" for name in heads(model.trunk)) if isinstance(model, exits.Exits) else ()
         return (*own, *(f"branches.{number}.linear." for number in model.branches))
-    if isinstance(model, SmallResNet):
+    if isinstance(model, SmallResNet | HeadedClassifier):
         return ("linear.",)
     return (f"{getattr(model, 'default_cfg', {}).get('classifier', 'fc')}.",)
 
@@ -97,7 +101,7 @@ class SmallResNet(nn.Module):
             rest = [BasicBlock(out, out, 1, shortcut) for _ in range(blocks - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
             channels = out
-        self.linear = nn.Linear(channels, classes)
+        self.linear = nn.Linear(channels, classes) if classes else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -148,6 +152,63 @@ class PaddedIdentity(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         before = self.extra // 2
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.extra - before))
+
+
+def features_of(encoder: nn.Module) -> int:
+    """F, the width of the (B, F) features that an encoder (`create` with 0 classes) returns."""
+    return int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)  # type: ignore[arg-type]
+
+
+def projection_layers(features: int, layers: int, out: int) -> nn.Sequential:
+    """SimCLRv2's projection head (B, F) -> (B, out): each layer is linear without bias, then batch normalisation.
+
+    All layers but the last are as wide as the features and end with a ReLU; the last normalisation has a scale but no shift.
+    """
+    inner = [
+        nn.Sequential(nn.Linear(features, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()) for _ in range(layers - 1)
+    ]
+    last = nn.BatchNorm1d(out)
+    last.register_parameter("bias", None)
+    return nn.Sequential(*inner, nn.Sequential(nn.Linear(features, out, bias=False), last))
+
+
+class Projected(nn.Module):
+    """An encoder and its projection head: (B, 3, S, S) -> (B, out), what contrastive pre-training trains."""
+
+    def __init__(self, encoder: nn.Module, layers: int, out: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = projection_layers(features_of(encoder), layers, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.head(self.encoder(x))
+        return projected
+
+
+class HeadedClassifier(nn.Module):
+    """A classifier on the output of layer `layers` of a projection head, after its ReLU (SimCLRv2, section 2).
+
+    Parameter names are those of `Projected`, plus `linear`.
+    """
+
+    def __init__(self, encoder: nn.Module, layers: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.num_features = features_of(encoder)
+        self.head = projection_layers(self.num_features, layers + 1, 1)[:layers]
+        self.linear = nn.Linear(self.num_features, classes) if classes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.head(self.encoder(x)))
+        return logits
+
+
+def zero_classifier(model: nn.Module) -> None:
+    """Set the classifier's weights to zero: fine-tuning then starts from the features alone, all classes equally likely."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(heads(model)):
+                parameter.zero_()
 
 
 def parameters_of(model: nn.Module) -> int:

@@ -31,22 +31,34 @@ class Network(Section):
 
 
 def start(
-    network: Network | None, init: Path, classes: tuple[str, ...], seed: int, exit: int | None = None
+    network: Network | None,
+    init: Path,
+    classes: tuple[str, ...],
+    seed: int,
+    exit: int | None = None,
+    from_layer: int | None = None,
 ) -> tuple[nn.Module, Description]:
     """The network at the start of training, with a classifier in the order of `classes`.
 
     `init` is a model directory, which brings its own architecture; a checkpoint file for `network` (safetensors, or a .pth/.th
     that holds only tensors); or data/scratch. A classifier of other classes is left behind. Of a network with several exits the
-    part up to `exit` is taken, by default the deepest. Raises CheckpointError, ModelError, ExitError or ArtifactError.
+    part up to `exit` is taken, by default the deepest. `from_layer`: after which layer of a pre-trained model's projection head
+    the classifier stands, 0 for the encoder alone; it starts at zero. Raises CheckpointError, ModelError, ExitError or
+    ArtifactError.
     """
     torch.manual_seed(seed)
     if init.is_dir():
         if network is not None:
             raise CheckpointError(f"`model` must be left out where training starts from {init}: that model is trained on.")
-        found, state = _up_to(exit, checkpoint.describe(init), checkpoint.weights(init), init)
+        described = checkpoint.describe(init)
+        if described.projection is not None:
+            return _on_projection(described, init, classes, from_layer)
+        _refuse_layer(from_layer, init)
+        found, state = _up_to(exit, described, checkpoint.weights(init), init)
         model = models.create(found.arch, len(classes), found.options)
         _take_over(model, state, str(init), _same(found, classes), classes)
         return model, replace(found, classes=classes)
+    _refuse_layer(from_layer, init)
     if network is None:
         raise CheckpointError(f"`model` is required where `init` is not a model directory but {init}.")
     if exit is not None:
@@ -106,6 +118,11 @@ def load_exits(folder: Path, classes: tuple[str, ...]) -> exits.Exits | None:
 def _of(folder: Path, classes: tuple[str, ...]) -> Description:
     """The description of a model that tells `classes` apart."""
     found = checkpoint.describe(folder)
+    if found.projection is not None:
+        raise CheckpointError(
+            f"{folder} was pre-trained without labels: it has a projection head but no classifier. Fine-tune it first, by a "
+            "`teach` entry with this `init` and `from_layer`, and name that entry."
+        )
     if found.classes != classes:
         raise CheckpointError(
             f"{folder} knows the classes {_some(found.classes)}, the images the classes {_some(classes)}. "
@@ -133,6 +150,39 @@ def _up_to(exit: int | None, found: Description, state: dict[str, Tensor], folde
 def _same(found: Description, classes: tuple[str, ...]) -> tuple[str, ...] | None:
     """The class names of a model's classifier in its order, if they are `classes`; None where it is left behind."""
     return found.classes if set(found.classes) == set(classes) else None
+
+
+def _on_projection(
+    found: Description, init: Path, classes: tuple[str, ...], from_layer: int | None
+) -> tuple[nn.Module, Description]:
+    """A zero classifier after layer `from_layer` of the projection head that `init` was pre-trained with."""
+    assert found.projection is not None
+    layers = found.projection["layers"]
+    if from_layer is None or not 0 <= from_layer < layers:
+        raise CheckpointError(
+            f"{init} has a projection head of {layers} layers, and `from_layer` is {from_layer}: it must say after which of its "
+            f"layers 0 to {layers - 1} the classifier stands (0: on the encoder; 1: SimCLRv2's choice for few labels)."
+        )
+    state = checkpoint.weights(init)
+    if from_layer:
+        options = {**found.options, "head_layers": from_layer}
+        unused = tuple(f"head.{i}." for i in range(from_layer, layers))
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+    else:
+        options = dict(found.options)
+        state = {n.removeprefix("encoder."): tensor for n, tensor in state.items() if n.startswith("encoder.")}
+    model = models.create(found.arch, len(classes), options)
+    checkpoint.fill(model, state, str(init), skip=models.heads(model))
+    models.zero_classifier(model)
+    return model, Description(found.arch, classes, found.input, options, found.training)
+
+
+def _refuse_layer(from_layer: int | None, init: Path) -> None:
+    if from_layer is not None:
+        raise CheckpointError(
+            f"`from_layer` is {from_layer}, a layer of a projection head, but {init} has none: leave it out, or start from a "
+            "`pretrain` entry."
+        )
 
 
 def _foreign(network: Network, init: Path, classes: tuple[str, ...]) -> dict[str, Tensor] | None:

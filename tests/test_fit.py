@@ -64,8 +64,9 @@ def train(
         fit.Training(steps=23, batch=16, lr=0.05, clip=1.0),
         fit.Training(steps=23, batch=16, optimizer="adamw", lr=0.01, ema=0.9),
         fit.Training(steps=23, batch=16, momentum=0.0, accumulate=2, rates={"0.conv1": 0.1}),
+        fit.Training(steps=23, batch=16, optimizer="lars", lr=1.0),
     ],
-    ids=["sgd", "adamw-ema", "plain-sgd-in-pieces"],
+    ids=["sgd", "adamw-ema", "plain-sgd-in-pieces", "lars"],
 )
 @pytest.mark.parametrize("die_at", [1, 13, 22])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, training: fit.Training, die_at: int) -> None:
@@ -106,6 +107,37 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     assert rates[55] == pytest.approx(0.5)
     assert rates[99] < 1e-3
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize(("scaling", "lr", "peak"), [("none", 0.1, 0.1), ("linear", 0.3, 4.8), ("sqrt", 0.075, 4.8)])
+def test_the_learning_rate_scales_with_the_batch_as_simclr_says(scaling: str, lr: float, peak: float) -> None:
+    """SimCLR, section B.1: 0.3 B / 256, or 0.075 sqrt(B); both are 4.8 at a batch of 4096."""
+    training = fit.Training.model_validate({"steps": 10, "batch": 4096, "lr": lr, "lr_scaling": scaling, "warmup": 0})
+    assert training.rate(0) == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+def test_lars_follows_a_naive_step_and_leaves_norms_and_biases_to_plain_momentum(decay: float) -> None:
+    """v <- m v + trust (g + decay w), w <- w - lr v, trust = 0.001 |w| / (|g| + decay |w|): You et al. 2017, algorithm 1."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).double()
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    speed = {name: torch.zeros_like(p) for name, p in expected.items()}
+    optimizer = fit._optimizer(model, fit.Training(steps=1, optimizer="lars", lr=2.0, momentum=0.9, weight_decay=decay))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 5, dtype=torch.float64)).square().mean().backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            g, w = p.grad, expected[name]
+            if name in ("0.weight", "3.weight"):
+                trust = 0.001 * w.norm() / (g.norm() + decay * w.norm())
+                g = trust * (g + decay * w)
+            speed[name] = 0.9 * speed[name] + g
+            expected[name] = w - 2.0 * speed[name]
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, expected[name], rtol=1e-6, atol=1e-9), name
 
 
 def test_every_pass_sees_every_image_once_in_another_order() -> None:

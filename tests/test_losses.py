@@ -39,6 +39,15 @@ def test_equals_the_formula(name: str, temperature: float) -> None:
     assert loss.item() == pytest.approx(temperature**2 * sum(expected) / 7, rel=1e-5)
 
 
+def test_soft_ce_with_the_weight_of_one_over_t_squared_is_simclrv2s_equation() -> None:
+    """SimCLRv2, equation 2 has no T^2: the mean of -sum p log q at T = 0.1, T^2 = 0.01."""
+    random = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 7, 11, generator=random, dtype=torch.float64)
+    expected = [naive("soft_ce", s, t, 0.1) for s, t in zip(student.tolist(), teacher.tolist(), strict=True)]
+    loss = SoftLoss(name="soft_ce", temperature=0.1, weight=100)(student.float(), teacher.float())
+    assert loss.item() == pytest.approx(sum(expected) / 7, rel=1e-5)
+
+
 def test_symmetric_kl_is_not_jensen_shannon() -> None:
     """At 1000 random classes the one is about 3.9, the other cannot pass log 2. SSLD's code calls the first one JS."""
     random = torch.Generator().manual_seed(0)

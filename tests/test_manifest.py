@@ -162,3 +162,35 @@ def test_a_folder_that_is_no_manifest(tmp_path):
         (tmp / "model.json").write_text("{}")
     with pytest.raises(ManifestError, match=r"model has no manifest\.parquet"):
         manifest.read(tmp_path / "model")
+
+
+def labelled(counts: dict[str, int]) -> Manifest:
+    """So many images of each class, sorted by id, classes in the order given."""
+    tables = [rows([f"{name}/{i:03}" for i in range(n)], label) for label, (name, n) in enumerate(counts.items())]
+    return Manifest(pa.concat_tables(tables).sort_by("id").cast(manifest.SCHEMA), tuple(counts))
+
+
+def ids(images: Manifest) -> set[str]:
+    return set(images.table["id"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"), [(7, {0: 7, 1: 7}), (0.1, {0: 10, 1: 4}), (0.001, {0: 1, 1: 1}), (1.0, {0: 100, 1: 40})]
+)
+def test_a_balanced_subset_has_a_number_or_a_share_of_each_class(amount, expected):
+    drawn = manifest.balanced(labelled({"b": 100, "a": 40}), amount, seed=0)
+    assert dict(enumerate(np.bincount(drawn.labels()))) == expected
+    assert drawn.table["id"].to_pylist() == sorted(ids(drawn))
+
+
+def test_balanced_subsets_are_nested_and_drawn_by_the_seed_class_by_class():
+    images = labelled({"a": 40, "b": 40})
+    assert ids(manifest.balanced(images, 5, 0)) < ids(manifest.balanced(images, 0.5, 0))
+    assert ids(manifest.balanced(images, 5, 0)) != ids(manifest.balanced(images, 5, 1))
+    more = manifest.balanced(labelled({"a": 40, "b": 40, "c": 10}), 5, 0)
+    assert ids(manifest.balanced(images, 5, 0)) < ids(more)
+
+
+def test_a_class_with_too_few_images_is_named():
+    with pytest.raises(ManifestError, match="asks for 20 images of the class b, which has 10"):
+        manifest.balanced(labelled({"a": 40, "b": 10}), 20, 0)

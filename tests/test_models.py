@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -71,3 +73,47 @@ def test_folding_batch_normalisation_changes_no_output(arch: str, options: dict[
         after = folded(x)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     assert torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+
+
+def test_the_projection_head_is_the_published_one() -> None:
+    """Linear without bias and batch normalisation in each layer, ReLU in all but the last, which has no shift."""
+    torch.manual_seed(0)
+    head = models.projection_layers(6, 3, 4).eval()
+    x = torch.randn(5, 6)
+    expected = x
+    for i, (linear, norm, *rest) in enumerate(head):  # type: ignore[misc]
+        assert linear.bias is None
+        assert (norm.bias is None) == (i == 2)
+        expected = expected @ linear.weight.T / (1 + norm.eps) ** 0.5  # fresh statistics: mean 0, variance 1
+        assert len(rest) == (i < 2)
+        expected = expected.relu() if i < 2 else expected
+    assert [tuple(layer[0].weight.shape) for layer in head] == [(6, 6), (6, 6), (4, 6)]  # type: ignore[index]
+    assert torch.allclose(head(x), expected, atol=1e-5)
+    assert head.train()(x).mean(0).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "features"),
+    [
+        ("resnet8", {"width": 8}, 32),
+        ("skresnet18", {}, 512),
+        ("skresnet18_3x3", {"channels": [32, 64, 128, 256]}, 256),
+        ("resnet18_3x3", {"channels": [128, 256, 512, 1024]}, 1024),
+        ("mobilenetv3_small_050", {}, 1024),
+    ],
+)
+def test_encoders_of_any_width_and_selective_kernels_carry_a_head(arch: str, options: dict[str, Any], features: int) -> None:
+    encoder = models.create(arch, 0, options)
+    assert models.features_of(encoder) == features
+    x = torch.randn(2, 3, 32, 32)
+    assert encoder(x).shape == (2, features)
+    model = models.create(arch, 5, {**options, "head_layers": 2})
+    assert model(x).shape == (2, 5)
+    assert set(dict(model.named_parameters())) > {f"encoder.{name}" for name, _ in encoder.named_parameters()}
+
+
+@pytest.mark.parametrize(("arch", "options"), [("resnet8", {}), ("resnet8", {"head_layers": 1}), ("resnet18", {})])
+def test_a_zero_classifier_finds_all_classes_equally_likely(arch: str, options: dict[str, Any]) -> None:
+    model = models.create(arch, 5, options)
+    models.zero_classifier(model)
+    assert not model(torch.randn(2, 3, 32, 32)).any()

@@ -139,3 +139,47 @@ def test_two_sources_of_weights_are_refused(tmp_path: Path) -> None:
     torch.save(models.create("resnet8", 3, OPTIONS).state_dict(), tmp_path / "theirs.pth")
     with pytest.raises(CheckpointError, match="both name weights"):
         network.start(small(pretrained="timm"), tmp_path / "theirs.pth", CLASSES, 0)
+
+
+def pretrained(folder: Path) -> tuple[Path, models.Projected]:
+    torch.manual_seed(2)
+    model = models.Projected(models.create("resnet8", 0, OPTIONS), layers=3, out=5)
+    given = images.Input(size=8).model_dump(mode="json")
+    description = checkpoint.Description("resnet8", (), given, OPTIONS, {"steps": 7}, {"layers": 3, "out": 5})
+    with artifact.writing(folder) as tmp:
+        checkpoint.save(tmp, model, description, {})
+    return folder, model
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_classifier_stands_on_the_chosen_layer_of_a_projection_head(tmp_path: Path, layer: int) -> None:
+    folder, source = pretrained(tmp_path / "pretrain")
+    model, description = network.start(None, folder, CLASSES, seed=0, from_layer=layer)
+    assert description.training == {"steps": 7}
+    x = torch.randn(4, 3, 8, 8)
+    assert not model.eval()(x).any()
+    nn.init.eye_(model.linear.weight)  # type: ignore[arg-type, union-attr]
+    features = source.eval().head[:layer](source.encoder(x))
+    assert torch.allclose(model(x), features[:, :3], atol=1e-6)
+    with artifact.writing(tmp_path / "teach") as tmp:
+        checkpoint.save(tmp, model, description, {})
+    assert same(network.load(tmp_path / "teach", CLASSES)[0], model)
+    assert same(network.start(None, tmp_path / "teach", CLASSES, seed=0)[0], model)
+
+
+@pytest.mark.parametrize("layer", [None, 3, -1])
+def test_a_start_from_a_pre_trained_model_says_from_which_layer(tmp_path: Path, layer: int | None) -> None:
+    with pytest.raises(CheckpointError, match=rf"`from_layer` is {layer}: it must say after which of its layers 0 to 2"):
+        network.start(None, pretrained(tmp_path / "p")[0], CLASSES, 0, from_layer=layer)
+
+
+def test_only_a_pre_trained_model_has_layers_to_start_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="but data/scratch has none"):
+        network.start(small(), SCRATCH, CLASSES, 0, from_layer=1)
+    with pytest.raises(CheckpointError, match="has none: leave it out"):
+        network.start(None, saved(tmp_path / "m"), CLASSES, 0, from_layer=1)
+
+
+def test_a_pre_trained_model_is_no_classifier(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="was pre-trained without labels: it has a projection head but no classifier"):
+        network.load(pretrained(tmp_path / "p")[0], CLASSES)
