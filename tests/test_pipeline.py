@@ -34,6 +34,7 @@ PARAMS: dict[str, Any] = {
     "teach": {"teacher": {"init": "scratch", "model": SMALL, "training": TRAINING}},
     "score": {"teacher": {"teacher": "teach/teacher"}},
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 4}},
+    "label": {},
     "distil": {
         "ssld": {**STUDENT, "images": "select/top"},
         "finetune": {"init": "distil/ssld", "teacher": "teach/teacher", "images": "dedup/train", "training": TRAINING},

@@ -13,6 +13,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from pipeline import artifact, checkpoint, device, images, manifest, models, network, predict
+from pipeline import teacher as soft_labels
 from pipeline.checkpoint import CheckpointError
 from pipeline.decode import decode
 from pipeline.journal import Journal
@@ -160,7 +161,7 @@ def test_the_teachers_statistics_are_chosen_and_never_change(data: Path, tmp_pat
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     reference = network.load(tmp_path / "teacher", ("ant", "bee", "cat"))[0]
     reference.train(statistics == "batch")
-    frozen = distil._frozen(model, statistics, device.pick(MACHINE))
+    frozen = device.pick(MACHINE).place(soft_labels._frozen(model, statistics))
     views = 255 * torch.rand(8, 3, 16, 16)
     with torch.no_grad():
         got = predict.forward(frozen, views, given, device.pick(MACHINE))

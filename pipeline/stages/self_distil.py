@@ -15,6 +15,7 @@ from pipeline.exits import Exited
 from pipeline.fit import Batch
 from pipeline.images import View
 from pipeline.params import Machine, Section
+from pipeline.teacher import read
 
 LABELS = "labels"
 """The `teacher` of an entry that learns from labels; data/labels stands in dvc.yaml where a model directory would."""
@@ -42,7 +43,7 @@ class SelfDistil(Section):
     temperature: Annotated[float, Field(gt=0)] = 3.0
     labelled: bool = True
     loss: losses.SoftLoss = losses.SoftLoss()
-    view: View = View()
+    view: View | None = None
     training: fit.Training
     note: str | None = None
 
@@ -80,20 +81,17 @@ def run(
     given = images.Input.model_validate(description.input)
     cores = machine.cores(machine.workers)
     if taught:
-        expert, expert_description, expert_input = network.load(teacher, labelled.classes)
-        expert = on.place(predict.folded(expert.requires_grad_(False)))
-        frozen = [(expert, expert_input.size)]
-        side, size = max(given.side, expert_input.side), max(given.size, expert_input.size)
-        origin = expert_description.training
+        expert = read(teacher, labelled.classes, seen, on)
+        side, size, networks = max(given.side, expert.side), max(given.size, expert.size), expert.networks
+        views, origin = expert.viewer(size, params.view, seed), expert.training
     else:
         labels = torch.from_numpy(seen.labels())
-        side, size, frozen = given.side, given.size, []
-        origin = {"labelled": len(labelled) + len(held_out)}
+        side, size, networks = given.side, given.size, ()
+        views, origin = images.viewer(size, params.view or View(), seed), {"labelled": len(labelled) + len(held_out)}
 
     def target(batch: Batch) -> Target:
         if taught:
-            with torch.no_grad():
-                t = predict.forward(expert, batch.views, expert_input, on)  # B, C
+            t = expert.logits(batch)  # B, C
             return lambda s: params.loss(s, t)
         y = labels[batch.rows].to(on.device)  # B
         return lambda s: F.cross_entropy(s.float(), y, label_smoothing=params.training.smoothing)
@@ -107,7 +105,7 @@ def run(
         student,
         loss,
         images.load(seen, side, cores, machine.memory_gb, "images"),
-        images.viewer(size, params.view, seed),
+        views,
         params.training,
         seed=seed,
         device=on,
@@ -123,7 +121,7 @@ def run(
         origin.get("labelled", 0),
         0 if only_labelled or not taught else len(given_images),
         params.note or origin.get("note"),
-        macs=models.macs_of_training(model, given.size, *frozen),
+        macs=models.macs_of_training(model, given.size, *networks),
     )
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)

@@ -1,0 +1,127 @@
+"""Keep what a teacher says about a few views of each image, so that students train without it (as TinyViT, Wu et al. 2022)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from pipeline import artifact, device, images, manifest, predict, progress, stage
+from pipeline.errors import UserError
+from pipeline.fit import Batch
+from pipeline.images import View
+from pipeline.params import Machine, Section
+from pipeline.teacher import FILE, Cached, Online, columns
+
+SHARD = 16 * predict.BATCH  # images; a killed run loses at most one shard
+TOLERANCE = 0.05  # of a probability: half precision, and logits that change in their last digits with the batch
+
+
+class Label(Section):
+    """`teacher` and `images` are read by dvc.yaml: who labels what. `labelled`: the labelled images too, their labels unread.
+
+    `views`: how many views of each image; a training of more passes sees them again. `m`: how many classes to keep of each, at
+    most all. `check`: so many images, drawn by the seed, are labelled again from the file alone, and compared.
+    """
+
+    teacher: str
+    images: str
+    labelled: bool = True
+    views: PositiveInt = 4
+    m: PositiveInt = 10
+    view: View = View()
+    check: NonNegativeInt = 256
+
+
+def run(
+    params: Label,
+    *,
+    train: Path,
+    teacher: Path,
+    chosen: Path,
+    out: Path,
+    seed: int,
+    scratch: Path,
+    machine: Machine,
+) -> stage.Metrics:
+    """Write `labels.parquet`, a row per image: `id`; `classes` uint16 and `log_p` float16, views x m, best first in each view.
+
+    A `distil` entry whose `teacher` is this artifact replays exactly these views. Shards that a killed run has finished are not
+    labelled again. Raises CheckpointError; UserError if the check finds another probability than the file holds.
+    """
+    labelled, given = manifest.read(train), manifest.read(chosen)
+    only_labelled = artifact.identity(chosen) == artifact.identity(train)
+    seen = manifest.concat([given, labelled]) if params.labelled and not only_labelled else given
+    on = device.pick(machine)
+    expert = Online(teacher, labelled.classes, on)
+    pixels = images.OnDisk(seen, expert.side, machine.cores(machine.workers))
+    m = min(params.m, len(labelled.classes))
+    shards = []
+    with progress.bar(len(seen) * params.views, "views", "labelling") as shown:
+        for first in range(0, len(seen), SHARD):
+            rows = np.arange(first, min(first + SHARD, len(seen)))
+            shards.append(scratch / f"{first:012}")
+            if not shards[-1].exists():
+                table = columns(_logits(expert, pixels, rows, params, seed), m)
+                with artifact.writing(shards[-1]) as tmp:
+                    pq.write_table(pa.table({"id": seen.table["id"].slice(first, len(rows)), **table}), tmp / FILE)
+            shown.update(len(rows) * params.views)
+    facts = {
+        "classes": labelled.classes,
+        "views": params.views,
+        "view": params.view.model_dump(mode="json"),
+        "seed": seed,
+        "side": expert.side,
+        "size": expert.size,
+        "training": expert.training,
+    }
+    with artifact.writing(out) as tmp:
+        schema = pq.read_schema(shards[0] / FILE).with_metadata({"facts": json.dumps(facts)})
+        with pq.ParquetWriter(tmp / FILE, schema, compression="zstd") as writer:
+            for shard in shards:
+                writer.write_table(pq.read_table(artifact.verify(shard) / FILE).replace_schema_metadata(schema.metadata))
+    gap = _check(expert, Cached(out, labelled.classes, seen, on, "eval"), pixels, params, seed)
+    return {"images": len(seen), "views": params.views, "largest_gap": gap}
+
+
+def _logits(expert: Online, pixels: images.Pixels, rows: np.ndarray, params: Label, seed: int) -> list[Tensor]:
+    """The (N, C) logits of each view of `rows`, in batches of one size."""
+    views = expert.viewer(expert.size, params.view, seed)
+    found: list[list[Tensor]] = [[] for _ in range(params.views)]
+    parts = [rows[start : start + predict.BATCH] for start in range(0, len(rows), predict.BATCH)]
+    full = [np.concatenate([part, np.full(predict.BATCH - len(part), part[0])]) for part in parts]
+    for part, whole, raw in zip(parts, full, images.ahead(lambda i: pixels.gather(full[i]), range(len(full))), strict=True):
+        canvases = expert.on.batch(raw)
+        for number in range(params.views):
+            passes = np.full(len(whole), number)
+            seen = Batch(views(canvases, whole, passes), whole, passes)
+            found[number].append(expert.logits(seen)[: len(part)].cpu())
+    return [torch.cat(batches) for batches in found]
+
+
+def _check(expert: Online, cached: Cached, pixels: images.Pixels, params: Label, seed: int) -> float:
+    """The largest difference of a kept probability between the file and the teacher, on views made anew in another order."""
+    count = min(params.check, len(pixels))
+    if not count:
+        return 0.0
+    random = np.random.default_rng(seed)
+    rows, passes = random.permutation(len(pixels))[:count], random.integers(0, params.views, count)
+    views = cached.viewer(expert.size, params.view, seed)(expert.on.batch(pixels.gather(rows)), rows, passes)
+    batch = Batch(views, rows, passes)
+    kept = torch.from_numpy(cached.classes[rows, passes].astype(np.int64)).to(expert.on.device)
+    said, again = (t.logits(batch).softmax(1).gather(1, kept) for t in (cached, expert))
+    gap = float((said - again).abs().max())
+    if gap > TOLERANCE:
+        raise UserError(
+            f"the labels of {count} images, made again, differ by up to {gap:.3f} in a probability (at most {TOLERANCE} is "
+            "rounding): the images or the teacher changed while they were labelled. Run the stage again."
+        )
+    return gap
+
+
+if __name__ == "__main__":
+    stage.main(run)

@@ -1,0 +1,139 @@
+"""Where soft labels come from: a network that looks at each view, or a table of what it said about views that can be made again.
+
+The table (an artifact of the stage `label`) holds, for each of V views of each image, the teacher's m best classes and their
+log-probabilities. A view is a function of (seed, number of the view, row), so the seed is all that is kept of it.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from pipeline import artifact, images, manifest, network, predict
+from pipeline.device import Device
+from pipeline.errors import UserError
+from pipeline.fit import Batch
+
+FILE = "labels.parquet"
+
+
+class LabelsError(UserError):
+    """Cached soft labels are of other images or other classes, or were made for other views."""
+
+
+class Teacher(Protocol):
+    """What a student learns from: `side` and `size` of the canvases and views that it needs, how it came about (`training`), and
+    the `networks` that run beside the student, each with its input size."""
+
+    side: int
+    size: int
+    training: dict[str, Any]
+    networks: tuple[tuple[nn.Module, int], ...]
+
+    def viewer(self, size: int, view: images.View | None, seed: int) -> images.Views:
+        """The views of `size` pixels of a training; `view`: as the params ask for, None where they do not."""
+        ...
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, C) float32 on the device, without gradient; their softmax is what the student is taught."""
+        ...
+
+
+def read(
+    folder: Path, classes: tuple[str, ...], seen: manifest.Manifest, on: Device, statistics: Literal["eval", "batch"] = "eval"
+) -> Teacher:
+    """The teacher of `folder`, a model directory or cached labels of the images `seen`.
+
+    `statistics`: what a network normalises with, its own or those of each batch. Raises CheckpointError, ArtifactError,
+    LabelsError.
+    """
+    if (folder / FILE).is_file():
+        return Cached(folder, classes, seen, on, statistics)
+    return Online(folder, classes, on, statistics)
+
+
+class Online:
+    """A network in the loop, in memory only: no parent's `.train()` reaches it, and nothing of it is saved."""
+
+    def __init__(self, folder: Path, classes: tuple[str, ...], on: Device, statistics: str = "eval") -> None:
+        model, description, self.given = network.load(folder, classes)
+        self.side, self.size, self.training = self.given.side, self.given.size, description.training
+        self.model, self.on = on.place(_frozen(model, statistics)), on
+        self.networks = ((self.model, self.size),)
+
+    def viewer(self, size: int, view: images.View | None, seed: int) -> images.Views:
+        return images.viewer(size, view or images.View(), seed)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        return predict.forward(self.model, batch.views, self.given, self.on)
+
+
+class Cached:
+    """What a teacher said about V views of each image: training goes through them in turn and meets no other."""
+
+    def __init__(self, folder: Path, classes: tuple[str, ...], seen: manifest.Manifest, on: Device, statistics: str) -> None:
+        artifact.verify(folder)
+        table = pq.read_table(folder / FILE)
+        facts = json.loads(table.schema.metadata[b"facts"])
+        if tuple(facts["classes"]) != classes:
+            raise LabelsError(f"{folder} has labels of other classes than the training images. Remake it: `dvc repro`.")
+        if not table["id"].equals(seen.table["id"]):
+            raise LabelsError(
+                f"{folder} has labels of {len(table):,} images, which are not the {len(seen):,} to learn on. "
+                "Its entry of `label` must name the same `images`, and the same `labelled`."
+            )
+        if statistics != "eval":
+            raise LabelsError(f"`teacher_bn: {statistics}` needs a teacher in the loop, but {folder} holds cached labels.")
+        self.side, self.size, self.training = facts["side"], facts["size"], facts["training"]
+        self.seed, self.view, self.views = facts["seed"], images.View.model_validate(facts["view"]), facts["views"]
+        self.count, self.folder, self.on, self.networks = len(classes), folder, on, ()
+        shape = (len(table), self.views, -1)
+        self.classes = _flat(table["classes"]).reshape(shape)  # N, V, m
+        self.log_p = _flat(table["log_p"]).reshape(shape)  # N, V, m
+
+    def viewer(self, size: int, view: images.View | None, seed: int) -> images.Views:
+        if view is not None and view != self.view:
+            raise LabelsError(f"`view` is not the one that {self.folder} was made for: leave it out, or repeat that one.")
+        if size != self.size:
+            raise LabelsError(f"the student takes {size} pixels, the labels of {self.folder} are of views of {self.size}.")
+        inner = images.viewer(size, self.view, self.seed)
+        return lambda raw, rows, passes: inner(raw, rows, passes % self.views)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Log-probabilities; what the m best classes leave is spread evenly over the others."""
+        view = batch.passes % self.views
+        log_p = torch.from_numpy(self.log_p[batch.rows, view]).float()  # B, m
+        best = torch.from_numpy(self.classes[batch.rows, view].astype(np.int64))
+        left = (1 - log_p.exp().sum(1, keepdim=True)).clamp_min(1e-9) / max(1, self.count - log_p.shape[1])
+        return left.log().repeat(1, self.count).scatter_(1, best, log_p).to(self.on.device)
+
+
+def columns(logits: Sequence[Tensor], m: int) -> dict[str, pa.Array]:
+    """The columns of a table of labels from the (N, C) float32 logits of each view: `classes` and `log_p`, V x m an image."""
+    log_p, best = torch.stack(list(logits), 1).log_softmax(2).topk(m)  # N, V, m
+    width = len(logits) * m
+    return {
+        "classes": pa.FixedSizeListArray.from_arrays(pa.array(best.numpy().astype(np.uint16).ravel()), width),
+        "log_p": pa.FixedSizeListArray.from_arrays(pa.array(log_p.numpy().astype(np.float16).ravel()), width),
+    }
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
+def _frozen(model: nn.Module, statistics: str) -> nn.Module:
+    model.eval().requires_grad_(False)
+    if statistics == "eval":
+        return predict.folded(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean = module.running_var = None  # torch then uses the batch's, also in eval mode
+    return model
