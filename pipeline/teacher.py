@@ -7,7 +7,7 @@ log-probabilities. A view is a function of (seed, number of the view, row), so t
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,27 +27,9 @@ class LabelsError(UserError):
     """Cached soft labels are of other images or other classes, or were made for other views."""
 
 
-class Teacher(Protocol):
-    """What a student learns from: `side` and `size` of the canvases and views that it needs, how it came about (`training`), and
-    the `networks` that run beside the student, each with its input size."""
-
-    side: int
-    size: int
-    training: dict[str, Any]
-    networks: tuple[tuple[nn.Module, int], ...]
-
-    def viewer(self, size: int, view: images.View | None, seed: int) -> images.Views:
-        """The views of `size` pixels of a training; `view`: as the params ask for, None where they do not."""
-        ...
-
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, C) float32 on the device, without gradient; their softmax is what the student is taught."""
-        ...
-
-
 def read(
     folder: Path, classes: tuple[str, ...], seen: manifest.Manifest, on: Device, statistics: Literal["eval", "batch"] = "eval"
-) -> Teacher:
+) -> "Online | Cached":
     """The teacher of `folder`, a model directory or cached labels of the images `seen`.
 
     `statistics`: what a network normalises with, its own or those of each batch. Raises CheckpointError, ArtifactError,
@@ -59,24 +41,33 @@ def read(
 
 
 class Online:
-    """A network in the loop, in memory only: no parent's `.train()` reaches it, and nothing of it is saved."""
+    """A network in the loop, in memory only: no parent's `.train()` reaches it, and nothing of it is saved.
+
+    `side` and `size` are of the canvases and views it needs, `training` says how it came about, `networks` (each with its input
+    size) run beside the student.
+    """
 
     def __init__(self, folder: Path, classes: tuple[str, ...], on: Device, statistics: str = "eval") -> None:
         model, description, self.given = network.load(folder, classes)
         self.side, self.size, self.training = self.given.side, self.given.size, description.training
         self.model, self.on = on.place(_frozen(model, statistics)), on
-        self.networks = ((self.model, self.size),)
+        self.networks = [(self.model, self.size)]
 
     def viewer(self, size: int, view: images.View | None, seed: int) -> images.Views:
+        """The views of `size` pixels of a training; `view`: as the params ask for, None where they do not."""
         return images.viewer(size, view or images.View(), seed)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
+        """(B, C) float32 on the device, without gradient; their softmax is what the student is taught."""
         return predict.forward(self.model, batch.views, self.given, self.on)
 
 
 class Cached:
-    """What a teacher said about V views of each image: training goes through them in turn and meets no other."""
+    """What a teacher said about V views of each image: training goes through them in turn and meets no other.
+
+    Attributes as `Online`'s; no network runs, so the compute of labelling counts for no student.
+    """
 
     def __init__(self, folder: Path, classes: tuple[str, ...], seen: manifest.Manifest, on: Device, statistics: str) -> None:
         artifact.verify(folder)
@@ -93,12 +84,14 @@ class Cached:
             raise LabelsError(f"`teacher_bn: {statistics}` needs a teacher in the loop, but {folder} holds cached labels.")
         self.side, self.size, self.training = facts["side"], facts["size"], facts["training"]
         self.seed, self.view, self.views = facts["seed"], images.View.model_validate(facts["view"]), facts["views"]
-        self.count, self.folder, self.on, self.networks = len(classes), folder, on, ()
+        self.count, self.folder, self.on = len(classes), folder, on
+        self.networks: list[tuple[nn.Module, int]] = []
         shape = (len(table), self.views, -1)
         self.classes = _flat(table["classes"]).reshape(shape)  # N, V, m
         self.log_p = _flat(table["log_p"]).reshape(shape)  # N, V, m
 
     def viewer(self, size: int, view: images.View | None, seed: int) -> images.Views:
+        """As `Online.viewer`; raises LabelsError for views that were not labelled."""
         if view is not None and view != self.view:
             raise LabelsError(f"`view` is not the one that {self.folder} was made for: leave it out, or repeat that one.")
         if size != self.size:

@@ -86,7 +86,7 @@ def run(
         views, origin = expert.viewer(size, params.view, seed), expert.training
     else:
         labels = torch.from_numpy(seen.labels())
-        side, size, networks = given.side, given.size, ()
+        side, size, networks = given.side, given.size, []
         views, origin = images.viewer(size, params.view or View(), seed), {"labelled": len(labelled) + len(held_out)}
 
     def target(batch: Batch) -> Target:
