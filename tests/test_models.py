@@ -81,13 +81,14 @@ def test_the_projection_head_is_the_published_one() -> None:
     head = models.projection_layers(6, 3, 4).eval()
     x = torch.randn(5, 6)
     expected = x
-    for i, (linear, norm, *rest) in enumerate(head):  # type: ignore[misc]
+    for i, layer in enumerate(head):
+        linear, norm, *rest = layer.children()
         assert linear.bias is None
         assert (norm.bias is None) == (i == 2)
         expected = expected @ linear.weight.T / (1 + norm.eps) ** 0.5  # fresh statistics: mean 0, variance 1
         assert len(rest) == (i < 2)
         expected = expected.relu() if i < 2 else expected
-    assert [tuple(layer[0].weight.shape) for layer in head] == [(6, 6), (6, 6), (4, 6)]  # type: ignore[index]
+    assert [tuple(next(layer.parameters()).shape) for layer in head] == [(6, 6), (6, 6), (4, 6)]
     assert torch.allclose(head(x), expected, atol=1e-5)
     assert head.train()(x).mean(0).abs().max() < 1e-5
 
