@@ -4,6 +4,7 @@ DVC hands back a damaged cache entry as "up to date"; the checksums here are wha
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -72,12 +73,26 @@ def _replacing(out: Path) -> Iterator[Path]:
             sync(tmp / name)
         sync(tmp)
         if out.exists():
-            shutil.rmtree(out)
-        tmp.rename(out)
-        sync(out.parent)
+            _exchange(tmp, out)
+            sync(out.parent)
+            shutil.rmtree(tmp)
+        else:
+            tmp.rename(out)
+            sync(out.parent)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two directories, so that no moment has neither: a process killed between two renames would leave none."""
+    at_fdcwd, rename_exchange = -100, 2
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is None or swap(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange):
+        aside = b.with_name(f"{a.name}-old")  # not Linux, or a file system that cannot swap
+        b.rename(aside)
+        a.rename(b)
+        aside.rename(a)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Artifacts: whole or not at all, and every altered byte is noticed."""
 
+import contextlib
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +195,18 @@ def test_every_flipped_bit_of_the_checksums_is_noticed(tmp_path):
         (out / artifact.CHECKSUMS).write_bytes(flipped)
         with pytest.raises(ArtifactError):
             artifact.verify(out)
+
+
+def test_replacing_never_leaves_neither_the_old_nor_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    for text in ("old", "new"):
+        if text == "new":  # killed where the old one is being removed: the slowest part
+            monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with contextlib.suppress(KeyboardInterrupt), artifact.writing(out) as tmp:
+            (tmp / "text").write_text(text)
+    monkeypatch.undo()
+    assert (artifact.verify(out) / "text").read_text() == "new"
+    with artifact.writing(out) as tmp:
+        (tmp / "text").write_text("newest")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (artifact.verify(out) / "text").read_text() == "newest"

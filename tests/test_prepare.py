@@ -480,3 +480,16 @@ def test_an_image_changed_in_place_is_noticed_by_readers(root, tmp_path):
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(manifest.ManifestError, match=rf"val\.tar: the image {row['id']} is not the one that `prepare` indexed"):
         list(manifest.image_bytes(got.val, range(len(got.val))))
+
+
+def test_sources_that_winnow_has_drawn_are_verified(root, tmp_path):
+    with artifact.writing(tmp_path / "drawn") as tmp:
+        for file in root.iterdir():
+            (tmp / file.name).write_bytes(file.read_bytes())
+    Prepared(tmp_path / "out", params(tmp_path / "drawn"))
+    tar = tmp_path / "drawn" / "val.tar"
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(artifact.ArtifactError, match=r"val\.tar was altered"):
+        Prepared(tmp_path / "again", params(tmp_path / "drawn"))

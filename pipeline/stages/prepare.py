@@ -82,6 +82,8 @@ def run(
 
     Raises SourceError, before any image is decoded where that is possible, when the sources do not make a data set.
     """
+    if (root / artifact.CHECKSUMS).is_file():
+        artifact.verify(root)  # drawn by winnow, so it can prove itself
     with ExitStack() as stack:
         outs = (train_out, holdout_out, val_out, pool_out, quarantine_out)
         train_to, holdout_to, val_to, pool_to, quarantine_to = [stack.enter_context(artifact.writing(out)) for out in outs]
