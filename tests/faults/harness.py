@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import itertools
 import os
 import shutil
 import signal
@@ -183,7 +184,7 @@ def _filled(tree: Any, values: dict[str, Any]) -> Any:
 
 def _command(name: str, key: str | None, spec: dict[str, Any]) -> Command:
     argv = [part.strip('"') for part in spec["cmd"].split()[3:]]
-    paths = {flag: Path(value) for flag, value in zip(argv, argv[1:], strict=False) if flag.startswith("--")}
+    paths = {flag: Path(value) for flag, value in itertools.pairwise(argv) if flag.startswith("--")}
     metrics = [Path(next(iter(m))) for m in spec["metrics"]]
     return Command(
         f"{name}@{key}" if key else name,
