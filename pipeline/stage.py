@@ -20,7 +20,9 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -35,27 +37,35 @@ Metrics = Mapping[str, Any]
 SCRATCH = Path(".scratch")
 INERT = ("pipeline.stage", "pipeline.journal", "pipeline.tracking", "pipeline.progress", "pipeline.errors")
 PARAMS_FILE = Path("params.yaml")
+WRONG_INPUT, TRY_AGAIN, INTERRUPTED = 2, 75, 130
 
 
 def main(run: Callable[..., Metrics], parallel: bool = False) -> None:
-    """Run a stage from the command line; a UserError ends it with a message and exit code 1, without a traceback.
+    """Run a stage from the command line. Its exit code says whether a repetition may help, which is what `flows` asks.
 
+    2: a UserError, with its message and no traceback. 75: a disk, a network or a process of a pool failed. 130: interrupted.
+    1: a defect of winnow, with its traceback.
     `parallel`: the stage trains with `fit`, so `machine.processes` processes can share it.
     """
     _die_with_dvc()
     try:
         _main(run, sys.argv[1:], parallel)
     except UserError as error:
-        _stop(str(error))
+        _stop(str(error), WRONG_INPUT)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _stop(
-            f"the disk is full ({error.filename or 'while writing'}). "
-            "Free space and repeat the command: it goes on where it stopped."
-        )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _stop(
+                f"the disk is full ({error.filename or 'while writing'}). "
+                "Free space and repeat the command: it goes on where it stopped.",
+                TRY_AGAIN,
+            )
+        traceback.print_exc()
+        sys.exit(TRY_AGAIN)
+    except BrokenExecutor:
+        traceback.print_exc()
+        _stop("a worker process was killed, perhaps for lack of memory. Repeat the command to go on.", TRY_AGAIN)
     except KeyboardInterrupt:
-        _stop("interrupted. Repeat the command to go on.", code=130)
+        _stop("interrupted. Repeat the command to go on.", INTERRUPTED)
 
 
 def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool) -> None:
@@ -190,7 +200,7 @@ def _say(name: str, metrics: Metrics, seconds: float) -> None:
     print(f"{name}: done in {seconds:.1f} s. {shown}", file=sys.stderr)
 
 
-def _stop(message: str, code: int = 1) -> None:
+def _stop(message: str, code: int) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -86,7 +86,7 @@ def test_the_key_is_the_content_of_the_inputs_not_their_time(house: Path) -> Non
 
 def test_a_full_disk_is_named_and_the_next_run_finds_its_scratch(house: Path) -> None:
     failed = run(house, do="full")
-    assert failed.returncode == 1
+    assert failed.returncode == 75
     assert "the disk is full (data/big)" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (house / "data/distil/x").exists()
@@ -102,7 +102,7 @@ def test_a_defect_keeps_its_traceback(house: Path) -> None:
 def test_a_missing_input_is_named(house: Path) -> None:
     (house / "source").unlink()
     failed = run(house)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert failed.stderr.startswith("error: --source: source is not there.")
 
 
