@@ -58,7 +58,7 @@ class Journal:
             with self._never_fatal():
                 _keep_small_files(artifacts, metrics, self._path.with_suffix(".files"))
                 if self._begin["record"]["stage"] == COMPARISON:
-                    extra["compared"] = _metrics_on_disk(self._begin["record"]["lineage"])
+                    extra["compared"] = metrics_on_disk(self._begin["record"]["lineage"])
         self._write("end", status=status, metrics=dict(metrics), **extra)
         self._file.close()
         self._file = None
@@ -121,7 +121,7 @@ def open_journal(record: Mapping[str, Any], folder: Path) -> Journal:
         "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME", "winnow"),
         "workspace": str(Path.cwd()),
         "dvc": "DVC_ROOT" in os.environ,
-        "tags": {**_user(), **_git(), **_dvc_experiment()},
+        "tags": {**tags_of_now(), **given_tags()},
     }
     journal = Journal(path, begin)
     if path.exists():
@@ -137,6 +137,20 @@ def project_folder() -> Path:
 def run_name(record: Mapping[str, Any]) -> str:
     """`teach.baseline`: the word that is also the section of params.yaml, the folder below data/ and the name in dvc.yaml."""
     return ".".join(filter(None, (record["stage"], record["entry"])))
+
+
+def tags_of_now() -> dict[str, str]:
+    """Who runs which commit, for which DVC experiment; as MLflow names these tags."""
+    return {**_user(), **_git(), **_dvc_experiment()}
+
+
+def given_tags() -> dict[str, str]:
+    """What the starter of a run wants its MLflow run to say (WINNOW_TAGS, a JSON object): the id of a Prefect flow run."""
+    try:
+        tags = json.loads(os.environ.get("WINNOW_TAGS", "{}"))
+    except ValueError:
+        return {}
+    return {str(name): str(value) for name, value in tags.items()} if isinstance(tags, dict) else {}
 
 
 def _user() -> dict[str, str]:
@@ -181,7 +195,7 @@ def _keep_small_files(artifacts: Sequence[Path], metrics: Mapping[str, Any], fol
                 shutil.copyfile(file, copy)
 
 
-def _metrics_on_disk(lineage: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def metrics_on_disk(lineage: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The metrics of every stage in the lineage, by key; none for one that was repeated since, whose file is another run's."""
     found = {}
     for key, record in lineage.items():

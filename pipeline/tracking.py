@@ -9,7 +9,7 @@ One mirror runs per folder; the first journal starts it, and it ends when it has
 `python -m pipeline.tracking flush` waits until everything is sent. The store is `sqlite:///mlflow.db`, or MLFLOW_TRACKING_URI.
 
 When `compare` ends, the stages it was made from become children of its run, also those that DVC skipped or restored: see
-`Mirror._complete`. So a comparison in MLflow is as complete as the one on disk.
+`complete`. So a comparison in MLflow is as complete as the one on disk.
 """
 
 import argparse
@@ -363,7 +363,7 @@ class Mirror:
             client.set_tag(run_id, "winnow.dvc_lock", journal.state.dvc_lock)
         files = journal.path.with_suffix(".files")
         if end["status"] == "FINISHED" and record["stage"] == COMPARISON:
-            self._complete(store, run_id, record["lineage"], end, files / "runs.json")
+            complete(store, run_id, record["lineage"], end, files / "runs.json")
         client.set_terminated(run_id, end["status"], end_time=_ms(end["time"]))
         # After the numbers: a server whose artifact store is out of reach shall not keep the run open.
         if files.is_dir():
@@ -371,33 +371,34 @@ class Mirror:
         journal.remove()
         _say(f"{run_name(record)}: {end['status']}, run {run_id}")
 
-    def _complete(self, store: Store, parent: str, lineage: Mapping[str, Any], end: Mapping[str, Any], table: Path) -> None:
-        """Give a comparison one child run for every stage it was made from, all their params and metrics, and a table of them.
 
-        executed: its run since the last comparison becomes the child. unchanged: DVC had nothing to do; the child is a copy
-        that names the run it stands for (winnow.source). restored: no run is known, since DVC took the outcome from its cache
-        or the database is new; the child is made from the artifact's record and the metrics file.
-        """
-        children = {run.data.tags.get("winnow.key"): run for run in store.search("mlflow.parentRunId", parent)}
-        names = Counter(run_name(record) for record in lineage.values())
-        rows, all_params, all_metrics = [], dict[str, Any](), dict[str, float]()
-        for key, record in sorted(lineage.items(), key=lambda item: run_name(item[1])):
-            metrics = _numbers(end.get("compared", {}).get(key, {}))
-            child = children.get(key)
-            if child is None or child.info.status != "FINISHED":
-                child = _child(store, parent, record, metrics, end["time"], unfinished=child)
-            name = run_name(record)
-            if names[name] > 1:  # a stage was repeated, but not all that follow it: `dvc repro --single-item`
-                name += f":{key[:8]}"
-            all_params |= {f"{name}.{k}": v for k, v in _params(record).items()}
-            all_metrics |= {f"{name}.{k}": v for k, v in metrics.items()}
-            link = f"#/experiments/{store.experiment_id}/runs/{child.info.run_id}"
-            status = child.data.tags["winnow.status"]
-            rows.append({"stage": name, "status": status, "run_id": child.info.run_id, "link": link, "key": key})
-        store.log(parent, all_params, [(name, value, end["time"], 0) for name, value in all_metrics.items()])
-        table.parent.mkdir(exist_ok=True)
-        table.write_text(json.dumps(rows, indent=1) + "\n")
-        store.client.set_tag(parent, "mlflow.note.content", _note(rows))
+def complete(store: Store, parent: str, lineage: Mapping[str, Any], end: Mapping[str, Any], table: Path) -> None:
+    """Give a comparison one child run for every stage it was made from, all their params and metrics, and a table of them.
+
+    executed: its run since the last comparison becomes the child. unchanged: DVC had nothing to do; the child is a copy
+    that names the run it stands for (winnow.source). restored: no run is known, since DVC took the outcome from its cache
+    or the database is new; the child is made from the artifact's record and the metrics file.
+    """
+    children = {run.data.tags.get("winnow.key"): run for run in store.search("mlflow.parentRunId", parent)}
+    names = Counter(run_name(record) for record in lineage.values())
+    rows, all_params, all_metrics = [], dict[str, Any](), dict[str, float]()
+    for key, record in sorted(lineage.items(), key=lambda item: run_name(item[1])):
+        metrics = _numbers(end.get("compared", {}).get(key, {}))
+        child = children.get(key)
+        if child is None or child.info.status != "FINISHED":
+            child = _child(store, parent, record, metrics, end["time"], unfinished=child)
+        name = run_name(record)
+        if names[name] > 1:  # a stage was repeated, but not all that follow it: `dvc repro --single-item`
+            name += f":{key[:8]}"
+        all_params |= {f"{name}.{k}": v for k, v in _params(record).items()}
+        all_metrics |= {f"{name}.{k}": v for k, v in metrics.items()}
+        link = f"#/experiments/{store.experiment_id}/runs/{child.info.run_id}"
+        status = child.data.tags["winnow.status"]
+        rows.append({"stage": name, "status": status, "run_id": child.info.run_id, "link": link, "key": key})
+    store.log(parent, all_params, [(name, value, end["time"], 0) for name, value in all_metrics.items()])
+    table.parent.mkdir(exist_ok=True)
+    table.write_text(json.dumps(rows, indent=1) + "\n")
+    store.client.set_tag(parent, "mlflow.note.content", _note(rows))
 
 
 def _note(rows: list[dict[str, str]]) -> str:
@@ -410,7 +411,7 @@ def _note(rows: list[dict[str, str]]) -> str:
 
 
 def _child(store: Store, parent: str, record: Mapping[str, Any], metrics: dict[str, float], now: float, unfinished: Any) -> Any:
-    """The run of a stage under a comparison; see `Mirror._complete`. `unfinished`: a mirror was killed while it made it."""
+    """The run of a stage under a comparison; see `complete`. `unfinished`: a mirror was killed while it made it."""
     client, source = store.client, next(iter(_originals(store, record["key"])), None)
     start = end = now
     tags = _tags(record, "restored")

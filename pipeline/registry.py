@@ -1,0 +1,183 @@
+"""One run in MLflow for a whole run of the pipeline, and its champion in the model registry.
+
+    python -m pipeline.registry STAGE...     `prepare distil.ssld ...`: the stages that were run or found up to date
+
+The comparison's own run is that of the pipeline where a comparison was made (`tracking.Mirror`); where none was, because the run
+had other targets or because DVC had nothing to do, a run is made here, with the same children, params, metrics and tags. The tags
+given by WINNOW_TAGS, the git commit and the hash of dvc.lock tie it to its flow run, its code and its data.
+
+The champion is the student that the comparison calls best: of the models with the baseline's network, the best on held-out
+images. It becomes a version of the registered model `winnow`, under the alias `champion`, with its weights as safetensors, its
+signature and its metrics. Prints, as JSON, the links to the run and to the champion.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import artifact
+from pipeline.errors import UserError
+from pipeline.journal import COMPARISON, DEFAULT_URI, given_tags, metrics_on_disk, tags_of_now
+from pipeline.tracking import Store, complete
+
+MODEL, CHAMPION = "winnow", "champion"
+DATA = Path("data")
+
+
+def records(stages: Sequence[str], data: Path = DATA) -> dict[str, dict[str, Any]]:
+    """The records of the artifacts of `stages` (`distil.ssld`) and of all they were made from, by key."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in stages:
+        stage, _, entry = name.partition(".")
+        for folder in sorted((data / stage).glob(entry or "*")):
+            record = artifact.record(folder)
+            if record and record["stage"] == stage and (record["entry"] or "") == entry:
+                found |= record["lineage"]
+                found[record["key"]] = {k: v for k, v in record.items() if k != "lineage"}
+    return found
+
+
+def summarise(store: Store, stages: Sequence[str], tags: Mapping[str, str]) -> str:
+    """The id of the run of this run of the pipeline; made if no comparison made it."""
+    flow_run = tags.get("prefect.flow_run_id")
+    own = store.search("prefect.flow_run_id", flow_run) if flow_run else []
+    for run in own:
+        made_here = run.data.tags.get("winnow.stage") in (COMPARISON, "pipeline")
+        if made_here and run.info.status == "FINISHED" and "mlflow.parentRunId" not in run.data.tags:
+            store.client.set_tag(run.info.run_id, "winnow.dvc_lock", lock_hash())
+            return str(run.info.run_id)
+    lineage, now = records(stages), time.time()
+    name = tags.get("prefect.flow_run_name", "pipeline")
+    all_tags = {"winnow.stage": "pipeline", "winnow.dvc_lock": lock_hash(), **tags_of_now(), **tags}
+    run_id = store.create(name, now, all_tags)
+    with tempfile.TemporaryDirectory() as folder:
+        complete(store, run_id, lineage, {"time": now, "compared": metrics_on_disk(lineage)}, Path(folder) / "runs.json")
+        store.client.log_artifacts(run_id, folder)
+    store.client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def lock_hash() -> str:
+    """The SHA-256 of dvc.lock, which names every input and output of every stage; empty where there is none."""
+    lock = Path("dvc.lock")
+    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else ""
+
+
+def best(data: Path = DATA) -> tuple[str, Path, dict[str, Any]] | None:
+    """The entry of `evaluate` that the comparison calls best, its model directory, and its evaluation.
+
+    None without a comparison, or where no student beat the baseline it is compared with.
+    """
+    comparison = data / COMPARISON / "results"
+    if not comparison.is_dir():
+        return None
+    baseline = artifact.record(artifact.verify(comparison))["params"]["baseline"]
+    evaluations = {
+        file.parent.name: json.loads(file.read_text()) for file in sorted((data / "evaluate").glob("*/evaluation.json"))
+    }
+    peers = {name: e for name, e in evaluations.items() if e["model"] == evaluations[baseline]["model"]}
+    name = max(peers, key=lambda n: peers[n]["holdout"]["top1"])
+    if name == baseline:
+        return None
+    model = artifact.record(data / "evaluate" / name)["inputs"]["model"]["path"]
+    return name, Path(model), peers[name]
+
+
+def register(store: Store, folder: Path, evaluation: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+    """Make the model directory `folder` the champion; returns its version. One that already is a version is not copied again."""
+    from mlflow.exceptions import MlflowException
+
+    client = store.client
+    record = artifact.record(folder)
+    key = record["key"]
+    known = [v for v in client.search_model_versions(f"name = '{MODEL}'") if v.tags.get("winnow.key") == key]
+    if known:
+        version = str(known[0].version)
+    else:
+        try:
+            client.create_registered_model(MODEL, description="The best student of each comparison; see the alias `champion`.")
+        except MlflowException:  # it is there
+            client.get_registered_model(MODEL)
+        run = next(iter(store.search("winnow.key", key)), None)
+        metrics = {
+            f"{split}_{name}": float(value)
+            for split in ("val", "holdout")
+            for name, value in evaluation[split].items()
+            if isinstance(value, int | float)
+        }
+        facts = {"winnow.key": key, "winnow.stage": record["stage"], "winnow.entry": record["entry"] or "", **tags}
+        version = _new_version(store, folder, run.info.run_id if run else None, metrics, facts)
+    client.set_registered_model_alias(MODEL, CHAMPION, version)
+    return version
+
+
+def _new_version(store: Store, folder: Path, run_id: str | None, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str:
+    from mlflow.models import Model
+
+    client, description = store.client, json.loads((artifact.verify(folder) / "model.json").read_text())
+    logged = client.create_logged_model(
+        store.experiment_id, name=MODEL, source_run_id=run_id, tags=dict(tags), params={"arch": description["arch"]}
+    )
+    with tempfile.TemporaryDirectory() as copy:
+        for file in folder.iterdir():
+            (Path(copy) / file.name).symlink_to(file.absolute())
+        how_to_load = {"weights": "model.safetensors", "description": "model.json"}
+        takes = signature(description["classes"], description["input"]["size"])
+        model = Model(artifact_path=MODEL, signature=takes, flavors={"winnow": how_to_load}, model_id=logged.model_id)
+        model.save(str(Path(copy) / "MLmodel"))
+        client.log_model_artifacts(logged.model_id, copy)
+    client.finalize_logged_model(logged.model_id, "READY")
+    if run_id is not None:
+        for name, value in metrics.items():
+            client.log_metric(run_id, f"champion.{name}", value, model_id=logged.model_id)
+    made = client.create_model_version(
+        MODEL, f"models:/{logged.model_id}", run_id=run_id, model_id=logged.model_id, await_creation_for=0,
+        tags={**tags, **{name: f"{value:.6g}" for name, value in metrics.items()}},
+    )  # fmt: skip
+    return str(made.version)
+
+
+def signature(classes: Sequence[str], size: int) -> Any:
+    """What a network takes and gives: (N, 3, size, size) float32, normalised as model.json says, and (N, C) float32 logits."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    pixels = TensorSpec(np.dtype(np.float32), (-1, 3, size, size), "pixels")
+    logits = TensorSpec(np.dtype(np.float32), (-1, len(classes)), "logits")
+    return ModelSignature(inputs=Schema([pixels]), outputs=Schema([logits]))
+
+
+def links(store: Store, run_id: str, version: str | None) -> dict[str, str]:
+    """Where to look: pages of the server, or those that `mlflow ui` on the database would show."""
+    server = store.uri if store.uri.startswith("http") else "http://127.0.0.1:5000"
+    found = {"run": f"{server}/#/experiments/{store.experiment_id}/runs/{run_id}"}
+    if version is not None:
+        found["champion"] = f"{server}/#/models/{MODEL}/versions/{version}"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.registry", description="The run of the pipeline, and its champion.")
+    parser.add_argument("stages", nargs="*", help="such as `prepare` or `distil.ssld`")
+    args = parser.parse_args()
+    tags = given_tags()
+    store = Store(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI), os.environ.get("MLFLOW_EXPERIMENT_NAME", "winnow"))
+    try:
+        run_id = summarise(store, args.stages, tags)
+        champion = best()
+        version = register(store, champion[1], champion[2], {**tags, "winnow.evaluation": champion[0]}) if champion else None
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(json.dumps(links(store, run_id, version)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

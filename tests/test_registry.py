@@ -1,0 +1,133 @@
+"""The run of the whole pipeline and its champion, in a real MLflow on SQLite."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pipeline import artifact, registry
+from pipeline.tracking import Store
+from tests.test_tracking import empty_database, execute, project, quick_databases, record, runs, send, store, write
+
+__all__ = ["empty_database", "project", "quick_databases", "store"]  # fixtures
+pytestmark = pytest.mark.filterwarnings("ignore")
+TAGS = {"prefect.flow_run_id": "f1", "prefect.flow_run_name": "distil@ssld"}
+
+
+def evaluated(name: str, model: str, holdout: float, parameters: int = 10) -> None:
+    """data/evaluate/<name>, as `evaluate` writes it."""
+    evaluation = {
+        "model": {"arch": "resnet8", "parameters": parameters},
+        "val": {"top1": holdout - 0.01, "per_class": {"ant": 1.0}},
+        "holdout": {"top1": holdout},
+    }
+    token = artifact.provenance.set({"key": name, "inputs": {"model": {"path": f"data/{model}"}}})
+    with artifact.writing(Path("data/evaluate", name)) as tmp:
+        (tmp / "evaluation.json").write_text(json.dumps(evaluation))
+    artifact.provenance.reset(token)
+
+
+def compared(baseline: str) -> None:
+    token = artifact.provenance.set({"params": {"baseline": baseline}})
+    with artifact.writing(Path("data/compare/results")) as tmp:
+        (tmp / "table.md").write_text("| |\n")
+    artifact.provenance.reset(token)
+
+
+def model(name: str) -> dict[str, Any]:
+    """A model directory of two tensors; its record."""
+    r = record(name)
+    token = artifact.provenance.set(r)
+    with artifact.writing(Path("data", *name.split("."))) as tmp:
+        save_file({"w": np.arange(3.0)}, tmp / "model.safetensors")
+        (tmp / "model.json").write_text(json.dumps({"arch": "resnet8", "classes": ["ant", "bee"], "input": {"size": 32}}))
+    artifact.provenance.reset(token)
+    return r
+
+
+def test_a_run_without_a_comparison_has_a_run_of_its_own(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = record("teach.teacher")
+    write(teacher, {"accuracy": 0.5})  # DVC had it; nothing was told about it
+    monkeypatch.setenv("WINNOW_TAGS", json.dumps(TAGS))
+    execute(record("distil.ssld", made_of=(teacher,)), accuracy=0.75)
+    Path("dvc.lock").write_text("stages: {}\n")
+    send()
+    run_id = registry.summarise(store, ["teach.teacher", "distil.ssld"], TAGS)
+    whole = store.client.get_run(run_id)
+    assert (whole.info.run_name, whole.info.status) == ("distil@ssld", "FINISHED")
+    assert whole.data.metrics == {"teach.teacher.accuracy": 0.5, "distil.ssld.accuracy": 0.75}
+    assert whole.data.params["distil.ssld.loss.name"] == "js"
+    assert whole.data.tags["winnow.dvc_lock"] == registry.lock_hash()
+    assert whole.data.tags["prefect.flow_run_id"] == "f1"
+    children = {r.info.run_name: r.data.tags for r in runs(store) if r.data.tags.get("mlflow.parentRunId") == run_id}
+    assert {name: tags["winnow.status"] for name, tags in children.items()} == {
+        "teach.teacher": "restored",
+        "distil.ssld": "executed",
+    }
+    assert children["distil.ssld"]["prefect.flow_run_id"] == "f1"
+    # Asked again, it is the same run; for another flow run it is another, of unchanged stages.
+    assert registry.summarise(store, ["distil.ssld"], TAGS) == run_id
+    other = registry.summarise(store, ["distil.ssld"], {**TAGS, "prefect.flow_run_id": "f2"})
+    assert other != run_id
+    statuses = [r.data.tags["winnow.status"] for r in runs(store) if r.data.tags.get("mlflow.parentRunId") == other]
+    assert statuses == ["unchanged", "unchanged"]
+
+
+def test_a_comparison_is_the_run_of_its_flow_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_TAGS", json.dumps(TAGS))
+    execute(record("compare", made_of=(record("teach.teacher"),)), best=0.75)
+    send()
+    found = store.client.get_run(registry.summarise(store, ["compare"], TAGS))
+    assert found.info.run_name == "compare"
+    assert len([r for r in runs(store) if "mlflow.parentRunId" not in r.data.tags]) == 1
+
+
+def test_the_champion_is_the_best_on_held_out_images_with_the_network_of_the_baseline(project: Path) -> None:
+    assert registry.best() is None
+    evaluated("baseline", "teach/baseline", 0.6)
+    evaluated("teacher", "teach/teacher", 0.9, parameters=99)
+    compared("baseline")
+    assert registry.best() is None
+    evaluated("ssld", "distil/ssld", 0.7)
+    evaluated("kd", "distil/kd", 0.65)
+    found = registry.best()
+    assert found is not None
+    assert found[:2] == ("ssld", Path("data/distil/ssld"))
+
+
+def test_the_champion_is_a_version_with_weights_signature_and_metrics(store: Store) -> None:
+    r = model("distil.ssld")
+    execute_only_the_journal(r)
+    evaluation = {"val": {"top1": 0.7, "per_class": {"ant": 1.0}}, "holdout": {"top1": 0.75}}
+    version = registry.register(store, Path("data/distil/ssld"), evaluation, TAGS)
+    found = store.client.get_model_version_by_alias("winnow", "champion")
+    assert str(found.version) == version == "1"
+    assert found.tags["winnow.key"] == r["key"]
+    assert found.tags["prefect.flow_run_id"] == "f1"
+    assert found.tags["holdout_top1"] == "0.75"
+    assert found.run_id == runs(store)[0].info.run_id
+    mlflow.set_tracking_uri(store.uri)
+    takes = mlflow.models.get_model_info("models:/winnow@champion").signature
+    assert takes.inputs.inputs[0].shape == (-1, 3, 32, 32)
+    assert takes.outputs.inputs[0].shape == (-1, 2)
+    folder = Path(mlflow.artifacts.download_artifacts("models:/winnow@champion"))
+    assert load_file(folder / "model.safetensors")["w"].tolist() == [0.0, 1.0, 2.0]
+    logged = store.client.get_logged_model(found.source.removeprefix("models:/"))
+    assert {m.key: m.value for m in logged.metrics} == {"champion.val_top1": 0.7, "champion.holdout_top1": 0.75}
+    assert registry.register(store, Path("data/distil/ssld"), evaluation, TAGS) == "1"
+    model("distil.other")
+    assert registry.register(store, Path("data/distil/other"), evaluation, TAGS) == "2"
+    assert str(store.client.get_model_version_by_alias("winnow", "champion").version) == "2"
+    assert registry.links(store, "r", "2")["champion"].endswith("/#/models/winnow/versions/2")
+
+
+def execute_only_the_journal(r: dict[str, Any]) -> None:
+    from pipeline.journal import open_journal
+    from tests.test_tracking import FOLDER
+
+    open_journal(r, FOLDER).finish("FINISHED", {}, [])
+    send()
