@@ -1,0 +1,194 @@
+"""What DVC knows: the stages, who needs whom, what is stale. The only module that speaks to DVC.
+
+It speaks to the command line, `dvc`, wherever that can say it; two things it cannot say (a changed parameter without a run, and
+a lock entry from another machine) are the functions at the end.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LOOSE_FILE_BYTES = 1_000_000
+NO_PHONING_HOME = {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+class DVCError(Exception):
+    """DVC refused; its own words."""
+
+
+@dataclass(frozen=True)
+class Dag:
+    """The stages of dvc.yaml (`distil@ssld`), each after all it needs, and the stages each needs directly."""
+
+    needs: Mapping[str, frozenset[str]]
+
+    def upstream(self, targets: Sequence[str]) -> list[str]:
+        """`targets` and everything they need, in an order that can be run. A name without entry (`distil`) means all entries.
+
+        No targets: every stage. Raises DVCError for a target that is not there.
+        """
+        wanted: set[str] = set()
+        waiting = [stage for target in targets for stage in self._matching(target)] if targets else list(self.needs)
+        while waiting:
+            stage = waiting.pop()
+            if stage not in wanted:
+                wanted.add(stage)
+                waiting += self.needs[stage]
+        return [stage for stage in self.needs if stage in wanted]
+
+    def _matching(self, target: str) -> list[str]:
+        found = [stage for stage in self.needs if stage == target or stage.startswith(f"{target}@")]
+        if not found:
+            raise DVCError(f"there is no stage {target!r} in dvc.yaml. There are: {', '.join(self.needs)}.")
+        return found
+
+    def affected(self, changed: Mapping[str, Any]) -> list[str]:
+        """The stages that may have to run: those of `changed`, and whatever is downstream of them, in order."""
+        found: set[str] = set()
+        for stage in self.needs:
+            if stage in changed or self.needs[stage] & found:
+                found.add(stage)
+        return [stage for stage in self.needs if stage in found]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with the `dvc` and the `python` of its interpreter first in PATH."""
+    bin_folder = str(Path(sys.executable).parent)
+    return {**os.environ, **NO_PHONING_HOME, "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")])}
+
+
+def command(*args: str) -> list[str]:
+    """`dvc ARGS`, which waits for another command that holds the lock of the repository."""
+    return [sys.executable, "-m", "dvc", "--wait-for-lock", *args]
+
+
+def call(folder: Path, *args: str) -> str:
+    """The output of `dvc ARGS`. Raises DVCError if it fails."""
+    done = subprocess.run(command(*args), cwd=folder, env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise DVCError(f"dvc {' '.join(args)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def read(folder: Path) -> Dag:
+    """The DAG of dvc.yaml and params.yaml in `folder`. Raises DVCError if they are not valid."""
+    dot = call(folder, "dag", "--dot")
+    edges = re.findall(r'^"([^"]+)" -> "([^"]+)";', dot, re.M)
+    nodes = re.findall(r'^"([^"]+)";', dot, re.M)
+    # DVC prints the pipelines of unconnected stages as graphs of their own; the order is that of dvc.yaml within each.
+    needs = {node: frozenset(a for a, b in edges if b == node) for node in dict.fromkeys(nodes)}
+    return Dag({stage: needs[stage] for stage in _sorted(needs)})
+
+
+def _sorted(needs: Mapping[str, frozenset[str]]) -> list[str]:
+    order: list[str] = []
+    while len(order) < len(needs):
+        order += [stage for stage, needed in needs.items() if stage not in order and needed <= set(order)]
+    return order
+
+
+def stale(folder: Path, stages: Sequence[str]) -> dict[str, Any]:
+    """Those of `stages` whose own code, params, inputs or outputs changed, with what changed.
+
+    Not transitive: a stage whose inputs will be made anew by a stale stage may be missing (`Dag.affected`).
+    """
+    answer = json.loads(call(folder, "status", "--json", *stages) or "{}")
+    return {stage: answer[stage] for stage in stages if stage in answer}
+
+
+def missing_sources(folder: Path, changes: Mapping[str, Any]) -> list[str]:
+    """The dependencies in an answer of `stale` that are not there and that no stage makes."""
+    made = set(re.findall(r'^"([^"]+)";', call(folder, "dag", "--outs", "--dot"), re.M))
+    deps = {
+        path: state
+        for found in changes.values() for change in found if isinstance(change, Mapping)
+        for path, state in change.get("changed deps", {}).items() if isinstance(state, str)
+    }  # fmt: skip
+    return [path for path, state in deps.items() if state == "deleted" and path not in made]
+
+
+def only_outputs_missing(changes: Any) -> bool:
+    """Whether the outcome of a stage is known, but not in the workspace: a fresh clone."""
+    kinds = {kind for change in changes if isinstance(change, Mapping) for kind in change}
+    return kinds == {"changed outs"} and all(
+        state in ("deleted", "not in cache") for change in changes for state in change["changed outs"].values()
+    )
+
+
+def repro(stage: str, force: bool = False) -> list[str]:
+    """The command that brings one stage up to date and no other."""
+    return command("repro", "--single-item", *(["--force"] if force else []), stage)
+
+
+def has_remote(folder: Path) -> bool:
+    """Whether a default remote is configured, through which machines share artifacts."""
+    return bool(subprocess.run(
+        command("config", "core.remote"), cwd=folder, env=environment(), capture_output=True, text=True
+    ).stdout.strip())  # fmt: skip
+
+
+def override(folder: Path, changes: Sequence[str]) -> None:
+    """Change params.yaml in `folder` as `dvc exp run -S CHANGE` would: `distil.ssld.loss.name=js`, `+a.b=1`, `~a.b`.
+
+    Anchors are written out first. DVC changes what `*alias` shares in one place and then writes the others' old value over
+    it, so that a change below an alias is lost without a word. Raises DVCError for a change that does not parse or fit.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides
+
+    file = folder / "params.yaml"
+    tree = json.loads(json.dumps(yaml.safe_load(file.read_text())))
+    file.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    try:
+        apply_overrides(file, list(changes))
+    except DvcException as error:
+        raise DVCError(f"params: {', '.join(changes)}: {error.__cause__ or error}") from error
+
+
+def lock_entry(folder: Path, stage: str) -> dict[str, Any]:
+    """What dvc.lock says about a stage that has run. Raises DVCError if it has not."""
+    try:
+        return dict(_lock(folder)["stages"][stage])
+    except KeyError:
+        raise DVCError(f"dvc.lock has no entry for {stage}") from None
+
+
+def loose_files(folder: Path, stage: str) -> dict[str, str]:
+    """The outputs of a stage that are files, not folders, by path: its metrics, which lie in git and not on the remote."""
+    outs = [out for out in lock_entry(folder, stage)["outs"] if not str(out.get("md5", ".dir")).endswith(".dir")]
+    return {out["path"]: (folder / out["path"]).read_text() for out in outs if out["size"] <= LOOSE_FILE_BYTES}
+
+
+def adopt(folder: Path, stage: str, entry: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Take over what another machine made: its lock entry and metrics from there, its artifacts from the remote.
+
+    Raises DVCError if they do not fit the code, params and inputs of `folder`.
+    """
+    from dvc.repo import Repo
+
+    with Repo(str(folder), _wait_for_lock=True) as repo, repo.lock:
+        lock = _lock(folder)
+        lock["stages"][stage] = dict(entry)
+        new = folder / "dvc.lock.new"
+        new.write_text(yaml.safe_dump(lock, sort_keys=False))
+        new.rename(folder / "dvc.lock")
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    call(folder, "pull", stage)
+    changes = stale(folder, [stage])
+    if changes:
+        raise DVCError(f"{stage} was made by other code, params or inputs than those here: {json.dumps(changes[stage])}")
+
+
+def _lock(folder: Path) -> dict[str, Any]:
+    file = folder / "dvc.lock"
+    return (yaml.safe_load(file.read_text()) if file.is_file() else None) or {"schema": "2.0", "stages": {}}
