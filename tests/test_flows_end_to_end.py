@@ -202,7 +202,7 @@ def test_the_whole_pipeline_over_two_pools(site: Site) -> None:
     assert (site.cpu / "data/score/teacher/scores.parquet").is_file()
     assert "Data and pipelines are up to date" in site.sh(site.cpu, "dvc", "status")
     made = site.artifacts(first)
-    assert "| ssld |" in made["comparison"]["data"]
+    assert "| ssld " in made["comparison"]["data"]
     assert "/runs/" in made["mlflow-run"]["data"]
     site.cpu_run = first  # type: ignore[attr-defined]
 
