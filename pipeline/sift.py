@@ -2,8 +2,8 @@
 
 The chain, from cheap to certain: `extract` describes an image by local features; `VotingIndex` finds the few gallery
 images that share features with it, mirrored ones too; `align` fits one transform to the shared features; `compare` lays
-one image over the other and correlates; `judge` decides. Matched features alone are no proof: any two photographs with
-the same logo have them.
+one image over the other and correlates; `judge` decides; `examine` does the last three. Matched features alone are no proof:
+any two photographs with the same logo have them.
 
 Coordinates are in units of an image's longest side, so that they do not depend on the size an image happens to have.
 """
@@ -149,11 +149,15 @@ class Likeness(NamedTuple):
     """Pixels of a laid over b. All in 0..1 but `zncc`, which is in -1..1.
 
     `zncc`: zero-mean normalised cross-correlation of the overlap. `local`: share of the windows with texture that
-    correlate by more than 0.6. `cover_a`, `cover_b`: share of each image that the overlap covers.
+    correlate by more than 0.6. `half`: the same share in that half of the overlap (left, right, top, bottom) where it is
+    highest; a text or a logo may hide the other. `texture`: share of all windows that have texture. `cover_a`, `cover_b`: share
+    of each image that the overlap covers.
     """
 
     zncc: float
     local: float
+    half: float
+    texture: float
     cover_a: float
     cover_b: float
 
@@ -185,8 +189,13 @@ def align(a: Picture, b: Picture, mirror: bool) -> Match | None:
     if len(pairs) < MIN_INLIERS or not _plausible(transform, a):
         return None
     if mirror:
-        transform = transform @ np.array([[-1, 0, width], [0, 1, 0], [0, 0, 1]], np.float64)
+        transform = transform @ _turn_over(a)
     return Match(transform, pairs, mirror)
+
+
+def _turn_over(picture: Picture) -> np.ndarray:
+    """(3, 3), to the coordinates of the mirror image and back."""
+    return np.array([[-1, 0, picture.extent[0]], [0, 1, 0], [0, 0, 1]], np.float64)
 
 
 def _pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -288,6 +297,7 @@ def _area(polygon: np.ndarray) -> float:
 
 WINDOW = 15  # pixels at LOOK
 TEXTURE = 5.0  # standard deviation in grey levels above which a window has texture
+WOVEN = 0.3  # of a half's windows that must have texture
 SOFTER = 1.25  # the sharper image is softened if it has this much more detail than the other
 
 
@@ -299,7 +309,7 @@ def compare(a: Picture, b: Picture, transform: np.ndarray) -> Likeness:
     """
     overlap = _clip(project(transform, corners(a)), corners(b))
     if overlap is None:
-        return Likeness(0.0, 0.0, 0.0, 0.0)
+        return Likeness(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     in_a = project(np.linalg.inv(transform), overlap)
     area_a, area_b = abs(_area(in_a)), abs(_area(overlap))
     cover_a = min(1.0, area_a / abs(_area(corners(a))))
@@ -310,8 +320,7 @@ def compare(a: Picture, b: Picture, transform: np.ndarray) -> Likeness:
     over, mask = _warp(a, transform, b, under.shape)
     detail_a = min(LOOK, a.detail * (area_a / area_b) ** 0.5)
     common = min(detail_a, b.detail)
-    zncc, local = _correlate(_soften(over, detail_a, common), _soften(under, b.detail, common), mask)
-    return Likeness(zncc, local, cover_a, cover_b)
+    return Likeness(*_correlate(_soften(over, detail_a, common), _soften(under, b.detail, common), mask), cover_a, cover_b)
 
 
 def _clip(polygon: np.ndarray, rectangle: np.ndarray) -> np.ndarray | None:
@@ -353,7 +362,8 @@ def _soften(grey: np.ndarray, detail: float, common: float) -> np.ndarray:
     return cv2.GaussianBlur(grey.astype(np.float32), (0, 0), 1.0)
 
 
-def _correlate(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+def _correlate(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> tuple[float, float, float, float]:
+    """zncc, local, half and texture of Likeness."""
     where = mask > 0
     x, y = a[where] - a[where].mean(), b[where] - b[where].mean()
     zncc = float((x * y).sum() / max(np.sqrt((x * x).sum() * (y * y).sum()), 1e-6))
@@ -361,13 +371,60 @@ def _correlate(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> tuple[float, f
     ma, mb, aa, bb, ab = (cv2.boxFilter(v, -1, (WINDOW, WINDOW)) for v in (a, b, a * a, b * b, a * b))
     va, vb = np.maximum(aa - ma * ma, 1e-3), np.maximum(bb - mb * mb, 1e-3)
     textured = whole & (np.maximum(va, vb) > TEXTURE**2)
-    agrees = (ab - ma * mb) / np.sqrt(va * vb) > 0.6
-    local = float(agrees[textured].mean()) if textured.any() else 0.0
-    return zncc, local
+    agrees = textured & ((ab - ma * mb) / np.sqrt(va * vb) > 0.6)
+    local = float(agrees.sum() / max(1, textured.sum()))
+    half = max(_share(where[part], textured[part], agrees[part]) for part in _halves(where))
+    return zncc, local, half, float(textured.sum() / max(1, where.sum()))
+
+
+def _halves(mask: np.ndarray) -> list[tuple[slice, slice]]:
+    """The left, right, top and bottom half of the smallest upright rectangle around the mask."""
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    rows, columns = slice(y, y + height), slice(x, x + width)
+    middle_x, middle_y = x + width // 2, y + height // 2
+    return [
+        (rows, slice(x, middle_x)),
+        (rows, slice(middle_x, x + width)),
+        (slice(y, middle_y), columns),
+        (slice(middle_y, y + height), columns),
+    ]
+
+
+def _share(mask: np.ndarray, textured: np.ndarray, agrees: np.ndarray) -> float:
+    """Of the textured windows; 0 where there are too few to speak for a half."""
+    windows = int(textured.sum())
+    return float(agrees.sum() / windows) if windows and windows >= WOVEN * mask.sum() else 0.0
+
+
+STEPS, CONVERGED = 30, 1e-4  # of `register`: at most so many, until the correlation grows by less
+COARSE = 64  # longest side in pixels at which images are registered
+
+
+def register(a: Picture, b: Picture, transform: np.ndarray) -> np.ndarray | None:
+    """The affine transform near `transform` at which the pixels of `a` and `b` correlate best (Evangelidis and Psarakis 2008).
+
+    For images with few pixels: their few keypoints stand in wrong places by a pixel or two, which is much of such an image.
+    None where nothing is found, or nothing plausible.
+    """
+    small_a, small_b = (cv2.GaussianBlur(resize(picture.grey, COARSE), (0, 0), 1.0) for picture in (a, b))
+    units_a, units_b = _to_units(a.extent, small_a.shape), _to_units(b.extent, small_b.shape)
+    start = np.linalg.inv(units_a) @ np.linalg.inv(transform) @ units_b
+    start = (start / start[2, 2])[:2].astype(np.float32)
+    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, STEPS, CONVERGED)
+    try:
+        _, found = cv2.findTransformECC(small_b, small_a, start, cv2.MOTION_AFFINE, criteria, np.ones_like(small_b), 1)
+    except cv2.error:  # raised where it does not converge
+        return None
+    backward = units_a @ np.vstack([found, [0, 0, 1]]).astype(np.float64) @ np.linalg.inv(units_b)
+    if abs(np.linalg.det(backward)) < 1e-6:
+        return None
+    forward = np.linalg.inv(backward)
+    oriented = forward @ _turn_over(a) if np.linalg.det(transform[:2, :2]) < 0 else forward
+    return forward if _plausible(oriented, a) else None
 
 
 SMALL = 64
-"""Originals up to this many pixels have few independent keypoints and little detail: the rule for them asks for more."""
+"""Originals up to this many pixels have few independent keypoints and little detail: the rules for them ask for more."""
 ENOUGH_OVERLAP = 0.5
 
 
@@ -380,10 +437,13 @@ class Verdict(NamedTuple):
 
 def judge(inliers: int, likeness: Likeness, detail: int) -> Verdict:
     """Decide on a pair by the measured rules of docs/dedup.md; `detail` is that of the less detailed image."""
-    zncc, local, overlap = likeness.zncc, likeness.local, max(likeness.cover_a, likeness.cover_b)
+    zncc, local, half, texture, *covers = likeness
+    overlap = max(covers)
     if detail <= SMALL:
         if inliers >= 12 and zncc >= 0.8 and local >= 0.8 and overlap >= 0.6:
             return Verdict("removed", "small")
+        if inliers >= 6 and zncc >= 0.97 and local >= 0.95 and texture >= 0.5 and overlap >= 0.85 and min(covers) >= 0.3:
+            return Verdict("removed", "small, same pixels")
     elif overlap >= ENOUGH_OVERLAP:
         if inliers >= 4 and zncc >= 0.9 and local >= 0.8:
             return Verdict("removed", "same pixels")
@@ -391,9 +451,28 @@ def judge(inliers: int, likeness: Likeness, detail: int) -> Verdict:
             return Verdict("removed", "same texture")
         if inliers >= 20 and local >= 0.6:
             return Verdict("removed", "partly covered")
+        if inliers >= 12 and half >= 0.9 and overlap >= 0.8:
+            return Verdict("removed", "half covered")
     if inliers >= 16 or (inliers >= 8 and local >= 0.4):
         return Verdict("review", "shared features")
     return Verdict(None, "")
+
+
+def examine(a: Picture, b: Picture, mirror: bool) -> tuple[Match, Likeness, Verdict] | None:
+    """`align`, `compare` and `judge`; small images that are not convicted are registered and judged again."""
+    match = align(a, b, mirror)
+    if match is None:
+        return None
+    likeness = compare(a, b, match.transform)
+    detail = min(a.detail, b.detail)
+    verdict = judge(match.inliers, likeness, detail)
+    if verdict.outcome != "removed" and detail <= SMALL and likeness.zncc >= 0.5:
+        registered = register(a, b, match.transform)
+        again = likeness if registered is None else compare(a, b, registered)
+        if registered is not None and again.zncc > likeness.zncc:
+            match, likeness = match._replace(transform=registered), again
+            verdict = judge(match.inliers, likeness, detail)
+    return match, likeness, verdict
 
 
 class Candidates(NamedTuple):

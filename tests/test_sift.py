@@ -19,10 +19,8 @@ def index_of(gallery: Sequence[sift.Picture]) -> sift.VotingIndex:
 
 
 def verdict(a: sift.Picture, b: sift.Picture, mirror: bool = False) -> sift.Verdict:
-    match = sift.align(a, b, mirror)
-    if match is None:
-        return sift.Verdict(None, "")
-    return sift.judge(match.inliers, sift.compare(a, b, match.transform), min(a.detail, b.detail))
+    seen = sift.examine(a, b, mirror)
+    return seen[2] if seen else sift.Verdict(None, "")
 
 
 def removed(index: sift.VotingIndex, gallery: Sequence[sift.Picture], queries: Sequence[sift.Picture]) -> Found:
@@ -185,7 +183,36 @@ def test_an_image_does_not_find_itself(gallery: list[sift.Picture]):
     assert not (candidates.query == candidates.gallery).any()
 
 
-SAME = sift.Likeness(zncc=0.95, local=0.95, cover_a=1.0, cover_b=1.0)
+def test_a_copy_half_hidden_is_seen_in_its_other_half(originals: list[np.ndarray], gallery: list[sift.Picture]):
+    hidden = originals[3].copy()
+    hidden[60:] = photograph(700)[60:]
+    copy = sift.extract(hidden)
+    match = sift.align(gallery[3], copy, False)
+    assert match is not None
+    likeness = sift.compare(gallery[3], copy, match.transform)
+    assert likeness.local < 0.7
+    assert likeness.half > 0.9
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_registration_finds_the_place_of_a_small_image(originals: list[np.ndarray], mirror: bool):
+    small = cv2.resize(originals[4], (32, 24), interpolation=cv2.INTER_AREA)
+    a, b = sift.extract(originals[4]), sift.extract(mirrored(small) if mirror else small)
+    right = np.array([[-1, 0, 1], [0, 1, 0], [0, 0, 1]], np.float64) if mirror else np.eye(3)
+    off = np.array([[1.05, 0.03, -0.04], [-0.02, 0.96, 0.03], [0, 0, 1]])
+    found = sift.register(a, b, off @ right)
+    assert found is not None
+    away = np.abs(sift.project(found, sift.corners(a)) - sift.project(right, sift.corners(a))).max()
+    assert away < 0.01
+    assert sift.compare(a, b, found).zncc > 0.98 > sift.compare(a, b, off @ right).zncc
+
+
+def test_registration_of_a_plain_image_finds_nothing(gallery: list[sift.Picture]):
+    assert sift.register(gallery[0], sift.extract(np.full((24, 32, 3), 128, np.uint8)), np.eye(3)) is None
+
+
+SAME = sift.Likeness(zncc=0.95, local=0.95, half=0.95, texture=0.9, cover_a=1.0, cover_b=1.0)
+DIFFERENT = SAME._replace(zncc=0.3, local=0.2, half=0.4)
 
 
 @pytest.mark.parametrize(
@@ -195,10 +222,16 @@ SAME = sift.Likeness(zncc=0.95, local=0.95, cover_a=1.0, cover_b=1.0)
         (3, SAME, 160, None),
         (11, SAME, 32, "review"),
         (12, SAME, 32, "removed"),
-        (30, SAME._replace(zncc=0.3, local=0.62), 160, "removed"),
-        (30, SAME._replace(zncc=0.3, local=0.2), 160, "review"),
+        (6, SAME._replace(zncc=0.98), 32, "removed"),
+        (6, SAME._replace(zncc=0.98, texture=0.4), 32, None),
+        (11, SAME._replace(zncc=0.98, cover_b=0.2), 32, "review"),
+        (30, DIFFERENT._replace(local=0.62), 160, "removed"),
+        (12, DIFFERENT._replace(local=0.5, half=0.9), 160, "removed"),
+        (11, DIFFERENT._replace(local=0.5, half=0.9), 160, "review"),
+        (12, DIFFERENT._replace(local=0.5, half=0.89), 160, "review"),
+        (30, DIFFERENT, 160, "review"),
         (300, SAME._replace(cover_a=0.1, cover_b=0.3), 160, "review"),
-        (9, SAME._replace(zncc=0.3, local=0.2), 160, None),
+        (9, DIFFERENT, 160, None),
     ],
 )
 def test_judgement(inliers: int, likeness: sift.Likeness, detail: int, expected: str | None):

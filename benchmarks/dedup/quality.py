@@ -155,9 +155,5 @@ def logos(images: Path, count: int, seed: int) -> str:
 
 def _judged(pairs: Iterable[tuple[sift.Picture, sift.Picture]]) -> Iterable[tuple[int, str | None]]:
     for a, b in pairs:
-        match = sift.align(a, b, False)
-        if match is None:
-            yield 0, None
-        else:
-            likeness = sift.compare(a, b, match.transform)
-            yield match.inliers, sift.judge(match.inliers, likeness, min(a.detail, b.detail)).outcome
+        seen = sift.examine(a, b, False)
+        yield (seen[0].inliers, seen[2].outcome) if seen else (0, None)

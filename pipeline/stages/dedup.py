@@ -441,13 +441,9 @@ def verified(batch: Sequence[sift.Picture | None], candidates: sift.Candidates, 
     found: dict[tuple[int, int], Row] = {}
     for query, row, mirror in zip(*(column.tolist() for column in candidates), strict=True):
         a, b = gallery[row], batch[query]
-        match = sift.align(a, b, mirror) if a and b else None
-        if a is None or b is None or match is None:
-            continue
-        likeness = sift.compare(a, b, match.transform)
-        verdict = sift.judge(match.inliers, likeness, min(a.detail, b.detail))
-        if verdict.outcome:
-            new = _row(query, row, match, likeness, verdict)
+        seen = sift.examine(a, b, mirror) if a and b else None
+        if seen and seen[2].outcome:
+            new = _row(query, row, *seen)
             found[query, row] = max(new, found.get((query, row), new), key=lambda r: (r["outcome"] == "removed", r["score"]))
     return list(found.values())
 
