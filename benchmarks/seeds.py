@@ -34,10 +34,11 @@ def main() -> None:
     parser.add_argument("--commit", default="HEAD", help="the code to run")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     args = parser.parse_args()
-    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    folders = [workspace(args.recipe, seed, threads, args.commit) for seed in args.seeds]
+    threads = max(1, usable_cores() // args.jobs)
+    params = yaml.safe_load(args.recipe.read_text())
+    folders = [workspace(f"seeds/{args.recipe.stem}-{s}", params | {"seed": s}, threads, args.commit) for s in args.seeds]
     start = time.monotonic()
-    shared = [name for name in UNSEEDED if name in yaml.safe_load(args.recipe.read_text())]
+    shared = [name for name in UNSEEDED if name in params]
     reproduce(folders[0], *shared)
     with ThreadPoolExecutor(args.jobs) as jobs:
         list(jobs.map(reproduce, folders))
@@ -48,9 +49,9 @@ def main() -> None:
         args.out.write_text(f"`{command}`\n\n{text}")
 
 
-def workspace(recipe: Path, seed: int, threads: int, commit: str) -> Path:
-    """The files of a commit with the recipe as its params, and DVC's cache shared."""
-    folder = ROOT / ".scratch" / "seeds" / f"{recipe.stem}-{seed}"
+def workspace(name: str, params: dict[str, Any], threads: int, commit: str) -> Path:
+    """.scratch/<name> with the files of a commit and the given params; DVC's cache is shared."""
+    folder = ROOT / ".scratch" / name
     folder.mkdir(parents=True, exist_ok=True)
     committed = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(committed)) as tar:
@@ -58,10 +59,8 @@ def workspace(recipe: Path, seed: int, threads: int, commit: str) -> Path:
     raw = folder / "data" / "raw"
     if (ROOT / "data" / "raw").exists() and not raw.is_symlink():
         raw.symlink_to((ROOT / "data" / "raw").resolve())
-    params = yaml.safe_load(recipe.read_text())
-    params["seed"] = seed
-    params["machine"] = {**(params.get("machine") or {}), "threads": threads}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    machine = {**(params.get("machine") or {}), "threads": threads}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params | {"machine": machine}, sort_keys=False))
     local = f'[core]\n    no_scm = true\n[cache]\n    dir = "{ROOT / ".dvc" / "cache"}"\n'
     (folder / ".dvc" / "config.local").write_text(local)
     return folder
@@ -106,12 +105,16 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def machine() -> str:
     """The processor's name and the number of usable cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{len(os.sched_getaffinity(0))} cores of a shared {name}"
+    return f"{usable_cores()} cores of a shared {name}"
 
 
 if __name__ == "__main__":

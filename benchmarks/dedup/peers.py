@@ -1,11 +1,15 @@
-"""What the leak check is compared with: exhaustive SIFT matching, and a perceptual hash."""
+"""What the leak check is compared with: exhaustive SIFT matching, and perceptual hashes of two libraries.
 
-from collections.abc import Sequence
+imagededup's CNN is not among them: it downloads its weights when it is made.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
 import imagehash  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import numpy as np
+from imagededup.methods import PHash as ImagededupPHash  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from PIL import Image
 
 from pipeline import sift
@@ -46,16 +50,26 @@ class Exhaustive:
         return 0 if mask is None else int(mask.sum())
 
 
-class PHash:
-    """`imagehash.phash`; the score is the number of the 64 bits that agree."""
+class Hashes:
+    """A perceptual hash of 64 bits; the score is the number of those that agree."""
 
-    def __init__(self, gallery: Sequence[np.ndarray]) -> None:
-        self.bits = np.stack([self._bits(image) for image in gallery])
-
-    @staticmethod
-    def _bits(image: np.ndarray) -> np.ndarray:
-        hashed: Any = imagehash.phash(Image.fromarray(image))
-        return np.asarray(hashed.hash).ravel()
+    def __init__(self, bits: Callable[[np.ndarray], np.ndarray], gallery: Sequence[np.ndarray]) -> None:
+        self.bits, self.gallery = bits, np.stack([bits(image) for image in gallery])
 
     def scores(self, query: np.ndarray) -> np.ndarray:
-        return (self.bits == self._bits(query)).sum(1)
+        return (self.gallery == self.bits(query)).sum(1)
+
+
+def imagehash_bits(image: np.ndarray) -> np.ndarray:
+    """(64,) bool of an (H, W, 3) image."""
+    hashed: Any = imagehash.phash(Image.fromarray(image))
+    return np.asarray(hashed.hash).ravel()
+
+
+def imagededup_bits(image: np.ndarray) -> np.ndarray:
+    """(64,) bool of an (H, W, 3) image."""
+    number = int(_IMAGEDEDUP.encode_image(image_array=image), 16)
+    return np.array([number >> bit & 1 for bit in range(64)], bool)
+
+
+_IMAGEDEDUP = ImagededupPHash(verbose=False)

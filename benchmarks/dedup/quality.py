@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from benchmarks.dedup import families
-from benchmarks.dedup.peers import Exhaustive, PHash
+from benchmarks.dedup.peers import Exhaustive, Hashes, imagededup_bits, imagehash_bits
 from pipeline import progress, sift
 from pipeline.decode import decode
 from pipeline.stages import dedup
@@ -79,16 +79,18 @@ class Tally:
     def table(self) -> str:
         """Recall at zero false positives: a peer's threshold lies just above its highest score for any wrong pair."""
         needed = {method: top + 1 for method, top in self.wrong.items()} | {OURS: REMOVED, UNINDEXED: REMOVED}
-        lines = [f"| copies | ours removed | and review | {UNINDEXED} | {EXHAUSTIVE} | {PHASH} |", "| --- " + "| ---: " * 5 + "|"]
+        peers = (UNINDEXED, EXHAUSTIVE, IMAGEHASH, IMAGEDEDUP)
+        lines = [f"| copies | ours removed | and review | {' | '.join(peers)} |", "| --- " + "| ---: " * 6 + "|"]
         for kind in self.right[OURS]:
             share = {m: float(np.mean(np.array(self.right[m][kind]) >= needed[m])) for m in self.methods}
             review = float(np.mean(np.array(self.right[OURS][kind]) >= REVIEW))
-            rest = " | ".join(f"{share[m]:.3f}" for m in (UNINDEXED, EXHAUSTIVE, PHASH))
+            rest = " | ".join(f"{share[m]:.3f}" for m in peers)
             lines.append(f"| {kind} | {share[OURS]:.3f} | {review:.3f} | {rest} |")
         return "\n".join(lines)
 
 
-OURS, UNINDEXED, EXHAUSTIVE, PHASH = "ours", "same rule, every pair", "exhaustive SIFT", "pHash"
+OURS, UNINDEXED, EXHAUSTIVE = "ours", "same rule, every pair", "exhaustive SIFT"
+IMAGEHASH, IMAGEDEDUP = "pHash (imagehash)", "pHash (imagededup)"
 REMOVED, REVIEW = 2.0, 1.0
 
 
@@ -97,13 +99,15 @@ def recall(images: Path, gallery_size: int, copies: int, seed: int) -> str:
     photos = photographs(images, seed)
     originals, others = photos[:gallery_size], photos[gallery_size:]
     gallery = [sift.extract(image) for image in originals]
-    ours, exhaustive, phash = Ours(gallery), Exhaustive(gallery), PHash(originals)
+    ours, exhaustive = Ours(gallery), Exhaustive(gallery)
+    hashes, other_hashes = (Hashes(bits, originals) for bits in (imagehash_bits, imagededup_bits))
     tally = Tally(
         {
             OURS: lambda _, picture: ours.scores(picture),
             UNINDEXED: lambda _, picture: same_rule_without_index(gallery, picture),
             EXHAUSTIVE: lambda _, picture: exhaustive.scores(picture),
-            PHASH: lambda image, _: phash.scores(image),
+            IMAGEHASH: lambda image, _: hashes.scores(image),
+            IMAGEDEDUP: lambda image, _: other_hashes.scores(image),
         }
     )
     kinds = families.families(others)
@@ -118,7 +122,8 @@ def recall(images: Path, gallery_size: int, copies: int, seed: int) -> str:
     note = (
         f"{gallery_size} photographs as the gallery, {copies} copies per family, {len(others)} distractors, seed {seed}. "
         f"Of the distractors ours removes {tally.removed} and puts {tally.review} up for review. Highest score of a wrong pair: "
-        f"exhaustive {tally.wrong[EXHAUSTIVE]:.0f} inliers, pHash {tally.wrong[PHASH]:.0f} of 64 bits, ours "
+        f"exhaustive {tally.wrong[EXHAUSTIVE]:.0f} inliers, {IMAGEHASH} {tally.wrong[IMAGEHASH]:.0f} and "
+        f"{IMAGEDEDUP} {tally.wrong[IMAGEDEDUP]:.0f} of 64 bits, ours "
         f"{('nothing', 'review', 'removed')[int(tally.wrong[OURS])]}."
     )
     return f"{tally.table()}\n\n{note}"
