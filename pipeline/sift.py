@@ -412,7 +412,7 @@ def register(a: Picture, b: Picture, transform: np.ndarray) -> np.ndarray | None
     start = (start / start[2, 2])[:2].astype(np.float32)
     criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, STEPS, CONVERGED)
     try:
-        _, found = cv2.findTransformECC(small_b, small_a, start, cv2.MOTION_AFFINE, criteria, np.ones_like(small_b), 1)
+        _, found = cv2.findTransformECC(small_b, small_a, start, cv2.MOTION_AFFINE, criteria, np.ones_like(small_a), 1)
     except cv2.error:  # raised where it does not converge
         return None
     backward = units_a @ np.vstack([found, [0, 0, 1]]).astype(np.float64) @ np.linalg.inv(units_b)
@@ -426,6 +426,7 @@ def register(a: Picture, b: Picture, transform: np.ndarray) -> np.ndarray | None
 SMALL = 64
 """Originals up to this many pixels have few independent keypoints and little detail: the rules for them ask for more."""
 ENOUGH_OVERLAP = 0.5
+SMALL_SAME_PIXELS = "small, same pixels"
 
 
 class Verdict(NamedTuple):
@@ -440,10 +441,10 @@ def judge(inliers: int, likeness: Likeness, detail: int) -> Verdict:
     zncc, local, half, texture, *covers = likeness
     overlap = max(covers)
     if detail <= SMALL:
+        if inliers >= 6 and zncc >= 0.97 and local >= 0.95 and texture >= 0.5 and overlap >= 0.85 and min(covers) >= 0.3:
+            return Verdict("removed", SMALL_SAME_PIXELS)
         if inliers >= 12 and zncc >= 0.8 and local >= 0.8 and overlap >= 0.6:
             return Verdict("removed", "small")
-        if inliers >= 6 and zncc >= 0.97 and local >= 0.95 and texture >= 0.5 and overlap >= 0.85 and min(covers) >= 0.3:
-            return Verdict("removed", "small, same pixels")
     elif overlap >= ENOUGH_OVERLAP:
         if inliers >= 4 and zncc >= 0.9 and local >= 0.8:
             return Verdict("removed", "same pixels")
@@ -459,7 +460,10 @@ def judge(inliers: int, likeness: Likeness, detail: int) -> Verdict:
 
 
 def examine(a: Picture, b: Picture, mirror: bool) -> tuple[Match, Likeness, Verdict] | None:
-    """`align`, `compare` and `judge`; small images that are not convicted are registered and judged again."""
+    """`align`, `compare` and `judge`; small images that are not convicted are registered and judged again.
+
+    Registration looks for the highest correlation, so what it finds counts only if nearly all pixels agree.
+    """
     match = align(a, b, mirror)
     if match is None:
         return None
@@ -469,9 +473,8 @@ def examine(a: Picture, b: Picture, mirror: bool) -> tuple[Match, Likeness, Verd
     if verdict.outcome != "removed" and detail <= SMALL and likeness.zncc >= 0.5:
         registered = register(a, b, match.transform)
         again = likeness if registered is None else compare(a, b, registered)
-        if registered is not None and again.zncc > likeness.zncc:
-            match, likeness = match._replace(transform=registered), again
-            verdict = judge(match.inliers, likeness, detail)
+        if registered is not None and judge(match.inliers, again, detail).rule == SMALL_SAME_PIXELS:
+            return match._replace(transform=registered), again, Verdict("removed", SMALL_SAME_PIXELS)
     return match, likeness, verdict
 
 
