@@ -45,6 +45,7 @@ PARAMS: dict[str, Any] = {
         "ssld": {"model": "distil/ssld"},
         "finetune": {"model": "distil/finetune"},
     },
+    "export": {"student": {"model": "distil/finetune", "evaluation": "evaluate/finetune"}},
     "compare": {"title": "tiny", "baseline": "baseline"},
 }
 
@@ -93,7 +94,7 @@ ALL = {"draw@scenes", "prepare", "dedup", "teach@teacher", "score@teacher", "sel
 
 
 def test_every_stage_runs_once_and_leaves_whole_artifacts(house: House) -> None:
-    assert sorted(house.ran) == sorted([*ALL, *EVALUATED, "compare"])  # type: ignore[attr-defined]
+    assert sorted(house.ran) == sorted([*ALL, *EVALUATED, "export@student", "compare"])  # type: ignore[attr-defined]
     for checksums in (house.folder / "data").rglob(artifact.CHECKSUMS):
         artifact.verify(checksums.parent)
     assert "ssld" in (house.folder / "data/compare/results/table.md").read_text()

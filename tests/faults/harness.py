@@ -49,6 +49,7 @@ PARAMS: dict[str, Any] = {
     },
     "self_distil": {"exits": {**STUDENT, "teacher": "labels", "images": "dedup/train"}},
     "evaluate": {"teacher": {"model": "teach/teacher"}, "online": {"model": "distil/online"}},
+    "export": {"online": {"model": "distil/online", "evaluation": "evaluate/online"}},
     "compare": {"title": "faults", "baseline": "teacher"},
 }
 

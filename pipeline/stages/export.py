@@ -1,0 +1,157 @@
+"""Hand a model over to people without winnow: safetensors in timm's layout, ONNX, torch.export, a card and an example."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from pipeline import artifact, checkpoint, images, models, network, stage
+from pipeline.errors import UserError
+from pipeline.params import Section
+
+BATCHES = (1, 3)  # whose logits are compared: any number of images must do
+TOLERANCE = 1e-3  # of the largest logit
+ONNX, PROGRAM, EXAMPLE, CARD = "model.onnx", "model.pt2", "example.py", "README.md"
+
+
+class Export(Section):
+    """`model` and `evaluation` are read by dvc.yaml: what to hand over, and the measurement that its card quotes.
+
+    `exit`: of a network with exits, the one to end at (null: the deepest); `evaluation` should be that exit's. `name` and `licence`
+    (SPDX) are for the card.
+    """
+
+    model: str
+    evaluation: str
+    exit: PositiveInt | None = None
+    name: str = "student"
+    licence: str | None = None
+
+
+class Classifier(nn.Module):
+    """From pixels to logits: (B, 3, S, S) of 0..255, RGB -> (B, C), with the normalisation inside."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, model: nn.Module, given: images.Input) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", 255 * torch.tensor(given.mean).view(1, 3, 1, 1))
+        self.register_buffer("scale", 1 / (255 * torch.tensor(given.std).view(1, 3, 1, 1)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.model((pixels - self.mean) * self.scale)
+        return logits
+
+
+def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Metrics:
+    """Write a folder that stands alone, and that winnow reads as a model directory too.
+
+    `model.onnx` and `model.pt2` take `pixels`, (B, 3, S, S) float32 of 0..255 in RGB, and give `logits`, (B, C). `config.json`
+    stands beside `model.safetensors` where timm has the architecture, so that `timm.create_model("local-dir:...")` loads it.
+    `example.py` classifies a picture with onnxruntime. Raises UserError if onnxruntime, or the program loaded again, gives other
+    logits than torch.
+    """
+    classes = checkpoint.describe(model).classes
+    classifier, description, given = network.load(model, classes, params.exit)
+    measured = json.loads((artifact.verify(evaluation) / "evaluation.json").read_text())
+    whole = Classifier(classifier, given).eval()
+    with artifact.writing(out) as tmp:
+        checkpoint.save(tmp, classifier, description, json.loads((model / checkpoint.HISTORY).read_text()))
+        known_to_timm = _timm_config(tmp, classifier, description, given)
+        gaps = {"onnx": _onnx(tmp / ONNX, whole, given.size), "program": _program(tmp / PROGRAM, whole, given.size)}
+        facts = {
+            "params": params,
+            "description": description,
+            "given": given,
+            "parameters": models.parameters_of(classifier),
+            "macs": models.macs(classifier, given.size),
+            "val": measured["val"],
+            "training": measured["training"],
+            "timm": known_to_timm,
+        }
+        for name in (EXAMPLE, CARD):
+            (tmp / name).write_text(_template(f"export.{name}.jinja").render(facts))
+        size = (tmp / checkpoint.WEIGHTS).stat().st_size
+    return {"parameters": facts["parameters"], "bytes": size, **{f"{name}_gap": gap for name, gap in gaps.items()}}
+
+
+def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Description, given: images.Input) -> bool:
+    """Write timm's config.json if timm can make this network by itself; whether it can."""
+    import timm
+
+    if not timm.is_model(description.arch) or description.projection is not None or not hasattr(model, "pretrained_cfg"):
+        return False
+    timm.models._hub.save_config_for_hf(
+        model,
+        str(folder / "config.json"),
+        {"label_names": list(description.classes)},
+        model_args=dict(description.options),
+        data_config={
+            "input_size": (3, given.size, given.size),
+            "mean": given.mean,
+            "std": given.std,
+            "crop_pct": given.size / given.side,
+            "interpolation": "bicubic",
+        },
+    )
+    return True
+
+
+def _onnx(file: Path, classifier: nn.Module, size: int) -> float:
+    """Write the model and return the largest difference of a logit between onnxruntime and torch, over the largest logit."""
+    import onnxruntime
+
+    with warnings.catch_warnings():  # of the exporter's own making
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            classifier,
+            (torch.zeros(2, 3, size, size),),
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(file, external_data=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return _gap(classifier, size, lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0]), file)
+
+
+def _program(file: Path, classifier: nn.Module, size: int) -> float:
+    """The same for torch.export."""
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(classifier, (torch.zeros(2, 3, size, size),), dynamic_shapes=shapes), file)
+    return _gap(classifier, size, torch.export.load(file).module(), file)
+
+
+@torch.no_grad()
+def _gap(classifier: nn.Module, size: int, other: Any, file: Path) -> float:
+    random = np.random.default_rng(0)
+    gap = 0.0
+    for batch in BATCHES:
+        pixels = torch.from_numpy(random.uniform(0, 255, (batch, 3, size, size)).astype(np.float32))
+        expected = classifier(pixels)
+        gap = max(gap, float((other(pixels) - expected).abs().max() / expected.abs().max()))
+    if not gap <= TOLERANCE:
+        raise UserError(f"{file.name} gives other logits than the model: they differ by {gap:.2g} of the largest one.")
+    return gap
+
+
+def _template(name: str) -> Any:
+    loader = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).get_template(name)
+
+
+if __name__ == "__main__":
+    stage.main(run)
