@@ -1,6 +1,7 @@
 """From a manifest to tensors: square canvases, in memory or decoded on demand, and the views that models see."""
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from pipeline import manifest, progress
 from pipeline.decode import ImageRefused, decode
@@ -134,7 +135,8 @@ class View(Section):
 
     `shift`: up to `pad` pixels in each direction, reflected at the border (CIFAR's crop). `crop`: a square of `scale` of the
     area at a random place, resized (random resized crop without aspect change). `none`: the centre. `flip`: mirror half of the
-    views. `brightness`, `contrast`, `saturation`: each scaled by 1 +- up to this much.
+    views. `brightness`, `contrast`, `saturation`: each scaled by 1 +- up to this much. `randaugment`: so many of its operations,
+    one after the other, each drawn for each image (Cubuk et al. 2020), at `magnitude` (0..1).
     """
 
     kind: Literal["shift", "crop", "none"] = "shift"
@@ -144,6 +146,22 @@ class View(Section):
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
     saturation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    randaugment: NonNegativeInt = 0
+    magnitude: Annotated[float, Field(ge=0, le=1)] = 0.3
+
+
+class Mix(Section):
+    """Mixing of the views of neighbours in a batch, which are shuffled, by a share from Beta(alpha, alpha): 0 is off.
+
+    `mixup` (Zhang et al. 2018) blends two views, `cutmix` (Yun et al. 2019) pastes a rectangle of one into the other; with both,
+    a coin is thrown for each pair. No label is mixed: a teacher looks at the mixed view.
+    """
+
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.mixup or self.cutmix)
 
 
 def normalise(batch: torch.Tensor, to: Input) -> torch.Tensor:
@@ -191,6 +209,12 @@ class Draws:
         """(B,) int64 in low..high - 1 on the CPU: the next draw of each image."""
         return (self.uniform() * (high - low)).long().clamp_(max=high - low - 1) + low
 
+    def beta(self, alpha: float) -> torch.Tensor:
+        """(B,) float32 from Beta(alpha, alpha) on the CPU: the next draw of each image."""
+        self.drawn += 1
+        seeds = _mixed(self.key + _GOLDEN * np.full(1, self.drawn, np.uint64))
+        return torch.tensor([np.random.default_rng(seed).beta(alpha, alpha) for seed in seeds], dtype=torch.float32)
+
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -201,9 +225,15 @@ def _mixed(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def viewer(size: int, view: View, seed: int) -> Views:
+def viewer(size: int, view: View, seed: int, mix: Mix | None = None) -> Views:
     """The views of an ordinary training: one of `size` pixels of each canvas, another one in each pass."""
-    return lambda raw, rows, passes: augment(raw, size, view, Draws(seed, passes, rows))
+
+    def views(raw: torch.Tensor, rows: np.ndarray, passes: np.ndarray) -> torch.Tensor:
+        draws = Draws(seed, passes, rows)
+        made = augment(raw, size, view, draws)
+        return mixed(made, mix, draws) if mix else made
+
+    return views
 
 
 def augment(batch: torch.Tensor, size: int, view: View, draws: Draws) -> torch.Tensor:
@@ -223,7 +253,70 @@ def augment(batch: torch.Tensor, size: int, view: View, draws: Draws) -> torch.T
         out = F.grid_sample(batch.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     else:
         out = _shifted(batch, size, view.pad if view.kind == "shift" else 0, flip.to(device), draws)
+    if view.randaugment:
+        out = _randaugment(out, view.randaugment, view.magnitude, draws)
     return _colour(out, view, draws)
+
+
+def mixed(views: torch.Tensor, mix: Mix, draws: Draws) -> torch.Tensor:
+    """(B, 3, S, S) of 0..255, each view mixed with its neighbour's (0 with 1, 2 with 3, ...); an odd last one stays as it is."""
+    n, side, device = len(views) // 2 * 2, views.shape[-1], views.device
+    kept = torch.stack([draws.beta(mix.mixup or 1.0), draws.beta(mix.cutmix or 1.0)])  # 2, B
+    y, x, coin = draws.uniform(0, side), draws.uniform(0, side), draws.uniform()
+
+    def of_pairs(values: torch.Tensor) -> torch.Tensor:
+        return values[..., 0:n:2].repeat_interleave(2, -1)[..., None, None, None].to(device)
+
+    first = views[:n].float()
+    partner = first.view(-1, 2, *views.shape[1:]).flip(1).view_as(first)
+    half = side * of_pairs((1 - kept[1]).sqrt()) / 2  # of the edge of the rectangle
+    at = torch.arange(side, device=device)
+    inside = ((at[:, None] + 0.5 - of_pairs(y)).abs() < half) & ((at + 0.5 - of_pairs(x)).abs() < half)
+    share = of_pairs(kept[0])
+    cut = of_pairs(coin) < 0.5 if mix.mixup and mix.cutmix else torch.tensor(bool(mix.cutmix), device=device)
+    out = torch.where(cut, torch.where(inside, partner, first), share * first + (1 - share) * partner)
+    return torch.cat([out, views[n:].float()])
+
+
+def _randaugment(batch: torch.Tensor, rounds: int, magnitude: float, draws: Draws) -> torch.Tensor:
+    """torchvision's operations and ranges, each applied at once to all images that drew it; its own draws one for a batch."""
+    import torchvision.transforms.v2.functional as tv  # a second of import that other views need not pay
+
+    def affine(x: torch.Tensor, angle: float = 0.0, right: float = 0.0, down: float = 0.0) -> torch.Tensor:
+        return tv.affine(x, angle, [round(right), round(down)], 1.0, [0.0, 0.0], interpolation=tv.InterpolationMode.BILINEAR)
+
+    def sheared(x: torch.Tensor, along_x: float = 0.0, along_y: float = 0.0) -> torch.Tensor:
+        corner = [0.0, 0.0]  # from where AutoAugment shears
+        bilinear = tv.InterpolationMode.BILINEAR
+        return tv.affine(x, 0.0, [0, 0], 1.0, [along_x, along_y], interpolation=bilinear, center=corner)
+
+    side, m = batch.shape[-1], magnitude
+    degrees = math.degrees(math.atan(0.3 * m))
+    operations: list[Callable[[torch.Tensor, float], torch.Tensor]] = [
+        lambda x, sign: x,
+        lambda x, sign: sheared(x, along_x=sign * degrees),
+        lambda x, sign: sheared(x, along_y=sign * degrees),
+        lambda x, sign: affine(x, right=sign * 150 / 331 * side * m),
+        lambda x, sign: affine(x, down=sign * 150 / 331 * side * m),
+        lambda x, sign: affine(x, angle=sign * 30 * m),
+        lambda x, sign: tv.adjust_brightness(x, 1 + sign * 0.9 * m),
+        lambda x, sign: tv.adjust_saturation(x, 1 + sign * 0.9 * m),
+        lambda x, sign: tv.adjust_contrast(x, 1 + sign * 0.9 * m),
+        lambda x, sign: tv.adjust_sharpness(x, 1 + sign * 0.9 * m),
+        lambda x, sign: tv.posterize(x, 8 - round(4 * m)),
+        lambda x, sign: tv.solarize(x, round(255 * (1 - m))),
+        lambda x, sign: tv.autocontrast(x),
+        lambda x, sign: tv.equalize(x),
+    ]
+    batch = batch.round().clamp(0, 255).to(torch.uint8) if batch.is_floating_point() else batch.clone()
+    for _ in range(rounds):
+        chosen, up = draws.integers(0, len(operations)), draws.uniform() < 0.5
+        for number, operation in enumerate(operations):
+            for sign, signed in ((1.0, up), (-1.0, ~up)):
+                rows = ((chosen == number) & signed).nonzero()[:, 0].to(batch.device)
+                if len(rows):
+                    batch[rows] = operation(batch[rows], sign)
+    return batch
 
 
 def _shifted(batch: torch.Tensor, size: int, pad: int, flip: torch.Tensor, draws: Draws) -> torch.Tensor:

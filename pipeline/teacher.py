@@ -53,9 +53,9 @@ class Online:
         self.model, self.on = on.place(_frozen(model, statistics)), on
         self.networks = [(self.model, self.size)]
 
-    def viewer(self, size: int, view: images.View | None, seed: int) -> images.Views:
+    def viewer(self, size: int, view: images.View | None, seed: int, mix: images.Mix | None = None) -> images.Views:
         """The views of `size` pixels of a training; `view`: as the params ask for, None where they do not."""
-        return images.viewer(size, view or images.View(), seed)
+        return images.viewer(size, view or images.View(), seed, mix)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -90,10 +90,12 @@ class Cached:
         self.classes = _flat(table["classes"]).reshape(shape)  # N, V, m
         self.log_p = _flat(table["log_p"]).reshape(shape)  # N, V, m
 
-    def viewer(self, size: int, view: images.View | None, seed: int) -> images.Views:
+    def viewer(self, size: int, view: images.View | None, seed: int, mix: images.Mix | None = None) -> images.Views:
         """As `Online.viewer`; raises LabelsError for views that were not labelled."""
         if view is not None and view != self.view:
             raise LabelsError(f"`view` is not the one that {self.folder} was made for: leave it out, or repeat that one.")
+        if mix:
+            raise LabelsError(f"`mix` makes views that nobody has labelled: {self.folder} holds labels of single images.")
         if size != self.size:
             raise LabelsError(f"the student takes {size} pixels, the labels of {self.folder} are of views of {self.size}.")
         inner = images.viewer(size, self.view, self.seed)

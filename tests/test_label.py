@@ -100,6 +100,7 @@ def test_finished_shards_are_not_labelled_again(
     [
         ({"view": {"kind": "none"}}, "`view` is not the one"),
         ({"labelled": False}, "which are not the 20 to learn on"),
+        ({"mix": {"mixup": 0.2}}, "views that nobody has labelled"),
         ({"teacher_bn": "batch"}, "needs a teacher in the loop"),
         ({"model": {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 20}}}, "student takes 20 pixels"),
     ],

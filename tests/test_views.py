@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2 as tv2
 import torchvision.transforms.v2.functional as tv
 
 from pipeline import images
@@ -117,3 +118,54 @@ def test_canvas_is_the_centre_at_the_short_side(height: int, width: int) -> None
     y, x = np.nonzero(square[:, :, 0] > 128)
     assert y.mean() == pytest.approx(15.5, abs=1)
     assert x.mean() == pytest.approx(15.5, abs=1)
+
+
+def test_randaugment_draws_torchvisions_operations_for_each_image() -> None:
+    picture = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (3, 6, 6), dtype=np.uint8))
+    picture = tv.resize(picture, [32, 32], antialias=True)
+    torch.manual_seed(0)
+    theirs = tv2.RandAugment(1, magnitude=9, num_magnitude_bins=31, interpolation=tv.InterpolationMode.BILINEAR)
+    known = torch.stack([theirs(picture) for _ in range(500)]).unique(dim=0).float()
+    view = images.View(kind="none", flip=False, randaugment=1, magnitude=0.3)
+    ours = images.augment(picture.repeat(300, 1, 1, 1), 32, view, draw(300)).float()
+    distances = (ours[:, None] - known).abs().mean((2, 3, 4))  # 300, K
+    assert distances.min(1).values.max() < 1  # of 255
+    assert len(known) > 15
+    assert distances.min(0).values.max() < 1  # each of theirs was drawn
+    twice = images.augment(picture.repeat(50, 1, 1, 1), 32, view.model_copy(update={"randaugment": 2}), draw(50)).float()
+    assert len(twice.unique(dim=0)) > 25
+
+
+def test_mixup_blends_neighbours_by_one_share() -> None:
+    views = batch(5).float()
+    out = images.mixed(views, images.Mix(mixup=1.0), draw(5))
+    for i, j in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        share = ((out[i] - views[j]) / (views[i] - views[j]))[views[i] != views[j]]
+        assert share.std() < 1e-3
+        assert 0 <= share.mean() <= 1
+    assert torch.equal(out[4], views[4])
+    assert torch.allclose(out[0] + out[1], views[0] + views[1], atol=1e-3)
+
+
+def test_cutmix_swaps_one_rectangle() -> None:
+    views = batch(200, 16).float()
+    out = images.mixed(views, images.Mix(cutmix=1.0), draw(200))
+    areas = []
+    for i in range(0, 200, 2):
+        swapped = (out[i] == views[i + 1]).all(0) & (out[i + 1] == views[i]).all(0)
+        kept = (out[i] == views[i]).all(0) & (out[i + 1] == views[i + 1]).all(0)
+        assert (swapped ^ kept).all()
+        y, x = swapped.nonzero().T
+        if len(y):
+            assert swapped[y.min() : y.max() + 1, x.min() : x.max() + 1].all()
+        areas.append(float(swapped.float().mean()))
+    assert 0.2 < np.mean(areas) < 0.5  # half, less what falls outside
+    both = images.mixed(views, images.Mix(mixup=1.0, cutmix=1.0), draw(200))
+    from_one = (both == views).all(1) | (both == views.view(-1, 2, 3, 16, 16).flip(1).view_as(views)).all(1)
+    assert 60 < int(from_one.all(2).all(1).sum()) < 140  # a coin for each pair
+
+
+def test_beta_draws_have_its_moments() -> None:
+    share = draw(4000).beta(0.4).double()
+    assert share.mean() == pytest.approx(0.5, abs=0.02)
+    assert share.var() == pytest.approx(1 / (4 * (2 * 0.4 + 1)), abs=0.01)

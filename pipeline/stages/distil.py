@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline import artifact, checkpoint, device, fit, images, losses, manifest, models, network, predict, stage
-from pipeline.images import View
+from pipeline.images import Mix, View
 from pipeline.params import Machine, Section
 from pipeline.teacher import read
 
@@ -17,7 +17,7 @@ class Distil(Section):
     `teacher` is a model directory, or `label/<entry>`: what a teacher said about the views kept there, which then are the views
     to learn on. `labelled`: add the labelled images, their labels unread, to `images`. `teacher_bn`: the statistics that the
     teacher normalises with, `eval` its own or `batch` those of each batch (as SSLD's published code has it); either way its
-    weights stay as they are.
+    weights stay as they are. `mix`: mixup and cutmix of the view that both see.
     """
 
     init: str
@@ -28,6 +28,7 @@ class Distil(Section):
     loss: losses.SoftLoss = losses.SoftLoss()
     teacher_bn: Literal["eval", "batch"] = "eval"
     view: View | None = None
+    mix: Mix = Mix()
     training: fit.Training
     note: str | None = None
 
@@ -68,7 +69,7 @@ def run(
         student,
         divergence,
         images.load(seen, max(given.side, taught_by.side), cores, machine.memory_gb, "images"),
-        taught_by.viewer(max(given.size, taught_by.size), params.view, seed),
+        taught_by.viewer(max(given.size, taught_by.size), params.view, seed, params.mix),
         params.training,
         seed=seed,
         device=on,

@@ -24,8 +24,8 @@ ONNX, PROGRAM, EXAMPLE, CARD = "model.onnx", "model.pt2", "example.py", "README.
 class Export(Section):
     """`model` and `evaluation` are read by dvc.yaml: what to hand over, and the measurement that its card quotes.
 
-    `exit`: of a network with exits, the one to end at (null: the deepest); `evaluation` should be that exit's. `name` and `licence`
-    (SPDX) are for the card.
+    `exit`: of a network with exits, the one to end at (null: the deepest); `evaluation` should be that exit's. `name` and
+    `licence` (SPDX) are for the card.
     """
 
     model: str
