@@ -34,6 +34,7 @@ PARAMS: dict[str, Any] = {
     "teach": {"teacher": {"init": "scratch", "model": SMALL, "training": TRAINING}},
     "score": {"teacher": {"teacher": "teach/teacher"}},
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 4}},
+    "pack": {},
     "label": {},
     "distil": {
         "ssld": {**STUDENT, "images": "select/top"},

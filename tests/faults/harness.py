@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from pipeline import artifact, stage
-from pipeline.stages import dedup, label, score
+from pipeline.stages import dedup, label, pack, score
 from tests.conftest import encoded, tar_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,6 +42,7 @@ PARAMS: dict[str, Any] = {
     "teach": {"teacher": {"init": "scratch", "model": MODEL, "training": {**TRAINING, "ema": 0.9}}},
     "score": {"teacher": {"teacher": "teach/teacher", "m": 2}},
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 5}},
+    "pack": {"top": {"images": "select/top", "side": 24}},
     "label": {"top": {"teacher": "teach/teacher", "images": "select/top", "views": 2}},
     "distil": {
         "online": {**STUDENT, "images": "select/top"},
@@ -80,7 +81,7 @@ class House:
         for file in ("scratch", "labels", "overrides.csv"):
             shutil.copy(ROOT / "data" / file, folder / "data" / file)
         (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS, sort_keys=False))
-        dedup.SHARD = label.SHARD = score.SHARD = 16  # so that there are finished shards to resume from
+        dedup.SHARD = label.SHARD = pack.SHARD = score.SHARD = 16  # so that there are finished shards to resume from
         os.environ["WINNOW_TRACKING"] = "off"
 
     def start(self, command: Command) -> int:

@@ -1,0 +1,121 @@
+"""Images resized once and packed in tars, so that a long training decodes small ones."""
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, PositiveInt
+
+from pipeline import artifact, manifest, progress, stage
+from pipeline.decode import ImageRefused, decode
+from pipeline.manifest import Manifest
+from pipeline.params import Machine, Section
+from pipeline.sources import Shards
+
+SHARD = 8192  # images; a killed run loses at most one shard
+CHUNK = 64  # images that a thread takes at a time
+ROWS = "rows.parquet"
+
+cv2.setNumThreads(1)  # the threads below share the cores already
+
+
+class Pack(Section):
+    """`images` is read by dvc.yaml: a manifest. `side`: the short side in pixels to which larger images are reduced, as JPEG files
+    of `quality`; an image that is no larger keeps its file.
+
+    Nothing that a model of `canvas` pixels sees is lost but to JPEG if `side` is at least that.
+    """
+
+    images: str
+    side: PositiveInt = 256
+    quality: Annotated[int, Field(ge=1, le=100)] = 90
+
+
+def run(params: Pack, *, chosen: Path, out: Path, shards_out: Path, scratch: Path, machine: Machine) -> stage.Metrics:
+    """Write `out`, a manifest with the ids and labels of `chosen`, whose images lie in uncompressed tars in `shards_out`.
+
+    Shards that a killed run has finished are not packed again. Raises ManifestError or ImageRefused, naming the image, if one
+    cannot be read any more.
+    """
+    listed = manifest.read(chosen)
+    folders = []
+    with (
+        ThreadPoolExecutor(machine.cores(machine.workers)) as threads,
+        progress.bar(len(listed), "images", "packing") as shown,
+    ):
+        for first in range(0, len(listed), SHARD):
+            rows = np.arange(first, min(first + SHARD, len(listed)))
+            folders.append(scratch / f"{first:012}")
+            if not folders[-1].exists():
+                with artifact.writing(folders[-1]) as tmp:
+                    packed = _packed(listed, rows, params, threads)
+                    pq.write_table(_shard(listed, rows, packed, tmp, shards_out / folders[-1].name), tmp / ROWS)
+            shown.update(len(rows))
+    tables = [pq.read_table(artifact.verify(folder) / ROWS) for folder in folders]
+    with artifact.writing(shards_out) as to, artifact.writing(out) as tmp:
+        for folder in folders:
+            (to / folder.name).mkdir()
+            for tar in folder.glob("*.tar"):
+                _link(tar, to / folder.name / tar.name)
+        table = pa.concat_tables(tables)
+        manifest.write(tmp, table, listed.classes)
+    before, after = (int(np.sum(part["size"].to_numpy())) for part in (listed.table, table))
+    return {"images": len(listed), "bytes_before": before, "bytes_after": after}
+
+
+def _packed(listed: Manifest, rows: np.ndarray, params: Pack, threads: ThreadPoolExecutor) -> Iterator[tuple[bytes, int, int]]:
+    """File, width and height of each of `rows`, in order."""
+
+    def small(chunk: np.ndarray) -> list[tuple[bytes, int, int]]:
+        return [
+            _reduced(listed, int(row), data, params) for row, data in zip(chunk, manifest.image_bytes(listed, chunk), strict=True)
+        ]
+
+    for part in threads.map(small, np.array_split(rows, -(-len(rows) // CHUNK))):
+        yield from part
+
+
+def _reduced(listed: Manifest, row: int, data: bytes, params: Pack) -> tuple[bytes, int, int]:
+    width, height = (listed.table[name][row].as_py() for name in ("width", "height"))
+    scale = params.side / min(width, height)
+    if scale >= 1:
+        return data, width, height
+    try:
+        image = decode(data)
+    except ImageRefused as refusal:
+        raise ImageRefused(f"{listed.table['id'][row]}: {refusal}. `prepare` let it pass: set `prepare.check: decode`.") from None
+    size = (max(params.side, round(width * scale)), max(params.side, round(height * scale)))
+    reduced = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", reduced, [cv2.IMWRITE_JPEG_QUALITY, params.quality])[1].tobytes(), *size
+
+
+def _shard(listed: Manifest, rows: np.ndarray, packed: Iterator[tuple[bytes, int, int]], folder: Path, final: Path) -> pa.Table:
+    """Write the tars of a shard to `folder`; its rows of the manifest, as if they lay in `final`."""
+    columns: dict[str, list[object]] = {name: [] for name in ("path", "offset", "size", "width", "height", "crc32")}
+    with Shards(folder, final) as tars:
+        for number, (data, width, height) in enumerate(packed):
+            path, offset = tars.add(f"{number:06}.jpg", data)
+            for name, value in zip(columns, (path, offset, len(data), width, height, zlib.crc32(data)), strict=True):
+                columns[name].append(value)
+    kept = listed.table.slice(int(rows[0]), len(rows))
+    return pa.table({"id": kept["id"], **columns, "label": kept["label"]}, schema=manifest.SCHEMA)
+
+
+def _link(source: Path, to: Path) -> None:
+    """Give a finished file its second name, or copy it where the scratch folder is on another disk."""
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copyfile(source, to)
+
+
+if __name__ == "__main__":
+    stage.main(run)
