@@ -121,6 +121,6 @@ def test_labels_that_do_not_fit_their_views_are_found(
     assert labelled(data, expert, tmp_path / "labels", view=strong)["largest_gap"] < 1e-2
     honest = images.viewer
     calls = iter(range(10**6))
-    monkeypatch.setattr(images, "viewer", lambda size, view, seed: honest(size, view, seed + next(calls)))
+    monkeypatch.setattr(images, "viewer", lambda size, view, seed, mix=None: honest(size, view, seed + next(calls)))
     with pytest.raises(UserError, match="made again, differ"):
         labelled(data, expert, tmp_path / "others", view=strong)

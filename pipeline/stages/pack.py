@@ -28,8 +28,8 @@ cv2.setNumThreads(1)  # the threads below share the cores already
 
 
 class Pack(Section):
-    """`images` is read by dvc.yaml: a manifest. `side`: the short side in pixels to which larger images are reduced, as JPEG files
-    of `quality`; an image that is no larger keeps its file.
+    """`images` is read by dvc.yaml: a manifest. `side`: the short side in pixels to which larger images are reduced, as JPEG
+    files of `quality`; an image that is no larger keeps its file.
 
     Nothing that a model of `canvas` pixels sees is lost but to JPEG if `side` is at least that.
     """
@@ -75,9 +75,8 @@ def _packed(listed: Manifest, rows: np.ndarray, params: Pack, threads: ThreadPoo
     """File, width and height of each of `rows`, in order."""
 
     def small(chunk: np.ndarray) -> list[tuple[bytes, int, int]]:
-        return [
-            _reduced(listed, int(row), data, params) for row, data in zip(chunk, manifest.image_bytes(listed, chunk), strict=True)
-        ]
+        files = manifest.image_bytes(listed, chunk)
+        return [_reduced(listed, int(row), data, params) for row, data in zip(chunk, files, strict=True)]
 
     for part in threads.map(small, np.array_split(rows, -(-len(rows) // CHUNK))):
         yield from part
