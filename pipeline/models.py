@@ -1,8 +1,9 @@
 """Classifiers under one `create`: the small-image ResNets of the literature, and every model of timm."""
 
 import difflib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from pipeline import exits
 from pipeline.errors import UserError
 
 SMALL = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
+ENSEMBLE = "ensemble"
 STEM_3X3 = re.compile(r"((?:sk)?resnet(?:18|34|50|101|152))_3x3")
 
 
@@ -28,10 +30,12 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
     Twice as wide is `width: 32` for the small ones, `channels: [128, 256, 512, 1024]` for timm's resnet* and skresnet*
     (selective kernels). The option `exits` gives a ResNet exits after its stages: `all` makes an `exits.Exits`, which returns
     more than logits; the number of an exit makes the classifier that ends there. With the option `head_layers` so many layers of
-    a projection head stand before the classifier (SimCLRv2's fine-tuning). `pretrained` brings timm's published weights (and
-    needs a network or a filled cache). Raises ModelError or ExitError.
+    a projection head stand before the classifier (SimCLRv2's fine-tuning). `ensemble` is what the stage of that name writes.
+    `pretrained` brings timm's published weights (and needs a network or a filled cache). Raises ModelError or ExitError.
     """
     options = dict(options or {})
+    if arch == ENSEMBLE:
+        return Ensemble(classes, **options)
     if exits.OPTION in options:
         trunk = create(arch, classes, exits.plain(options), pretrained)
         return exits.given(trunk, classes, options[exits.OPTION])
@@ -69,6 +73,8 @@ def _timm(arch: str, classes: int, options: dict[str, Any], pretrained: bool) ->
 
 def heads(model: nn.Module) -> tuple[str, ...]:
     """The names of the classifier layers, which a model started from other classes does not take over."""
+    if isinstance(model, Ensemble):
+        return tuple(f"members.{i}.{name}" for i, member in enumerate(model.members) for name in heads(member))
     if isinstance(model, exits.Exits | exits.Cut):
         own = (f"trunk.{name}" for name in heads(model.trunk)) if isinstance(model, exits.Exits) else ()
         return (*own, *(f"branches.{number}.linear." for number in model.branches))
@@ -209,6 +215,29 @@ def zero_classifier(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if name.startswith(heads(model)):
                 parameter.zero_()
+
+
+class Ensemble(nn.Module):
+    """The mean of the probabilities of `members`, as log-probabilities: (B, 3, size, size) of 0..1 -> (B, classes).
+
+    A member is described by its `arch` and `options`, and by the `size`, `mean` and `std` of the input that it was trained on.
+    """
+
+    def __init__(self, classes: int, *, members: Sequence[Mapping[str, Any]], size: int) -> None:
+        super().__init__()
+        self.described, self.size = [dict(member) for member in members], size
+        self.members = nn.ModuleList(create(m["arch"], classes, m["options"]) for m in members)
+        for i, member in enumerate(members):
+            for name in ("mean", "std"):
+                self.register_buffer(f"{name}{i}", torch.tensor(member[name]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        log_p = []
+        for i, (model, described) in enumerate(zip(self.members, self.described, strict=True)):
+            side = described["size"]
+            view = x if side == self.size else F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+            log_p.append(model((view - getattr(self, f"mean{i}")) / getattr(self, f"std{i}")).float().log_softmax(1))
+        return torch.stack(log_p).logsumexp(0) - math.log(len(log_p))
 
 
 def parameters_of(model: nn.Module) -> int:

@@ -32,6 +32,7 @@ PARAMS: dict[str, Any] = {
     },
     "dedup": {},
     "teach": {"teacher": {"init": "scratch", "model": SMALL, "training": TRAINING}},
+    "ensemble": {},
     "score": {"teacher": {"teacher": "teach/teacher"}},
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 4}},
     "pack": {},

@@ -40,6 +40,7 @@ PARAMS: dict[str, Any] = {
     },
     "dedup": {},
     "teach": {"teacher": {"init": "scratch", "model": MODEL, "training": {**TRAINING, "ema": 0.9}}},
+    "ensemble": {"both": {"first": "teach/teacher", "second": "distil/online"}},
     "score": {"teacher": {"teacher": "teach/teacher", "m": 2}},
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 5}},
     "pack": {"top": {"images": "select/top", "side": 24}},

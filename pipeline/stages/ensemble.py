@@ -1,0 +1,65 @@
+"""Several models as one whose probabilities are the mean of theirs: a teacher made of teachers."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pipeline import artifact, checkpoint, images, models, network, stage
+from pipeline.checkpoint import Description
+from pipeline.params import Section
+
+
+class Ensemble(Section):
+    """`first` and `second` (read by dvc.yaml): model directories. Of an ensemble among them every member counts as much as the
+    other, so three models are the ensemble of one with the ensemble of two."""
+
+    first: str
+    second: str
+
+
+def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metrics:
+    """Write a model directory that can be evaluated, score, teach and be exported as any other.
+
+    Each member sees the view at its own size, normalised in its own way. Raises CheckpointError if the two do not tell the same
+    classes apart.
+    """
+    classes = checkpoint.describe(first).classes
+    loaded = [network.load(folder, classes) for folder in (first, second)]
+    members: list[dict[str, Any]] = []
+    trained: list[nn.Module] = []
+    for model, found, given in loaded:
+        if isinstance(model, models.Ensemble):
+            members += model.described
+            trained += model.members
+        else:
+            shape = given.model_dump(mode="json", include={"size", "mean", "std"})
+            members.append({"arch": found.arch, "options": found.options, **shape})
+            trained.append(model)
+    size, side = (max(getattr(given, name) for _, _, given in loaded) for name in ("size", "side"))
+    options = {"members": members, "size": size}
+    whole = models.create(models.ENSEMBLE, len(classes), options)
+    assert isinstance(whole, models.Ensemble)
+    for member, model in zip(whole.members, trained, strict=True):
+        member.load_state_dict(model.state_dict())
+    seen = images.Input(size=size, canvas=side, mean=(0, 0, 0), std=(1, 1, 1))
+    description = Description(
+        models.ENSEMBLE, classes, seen.model_dump(mode="json"), options, _together(loaded[0][1], loaded[1][1])
+    )
+    with artifact.writing(out) as tmp:
+        checkpoint.save(tmp, whole, description, {"train": [], "holdout": []})
+    return {"members": len(members), "parameters": models.parameters_of(whole)}
+
+
+def _together(first: Description, second: Description) -> dict[str, Any]:
+    """What went into the training of both: compute and steps add up; of the images, the larger number were seen by either."""
+    a, b = first.training, second.training
+    return {
+        **{name: a.get(name, 0) + b.get(name, 0) for name in ("steps", "macs")},
+        **{name: max(a.get(name, 0), b.get(name, 0)) for name in ("batch", "labelled", "unlabelled")},
+        "note": "; ".join(dict.fromkeys(filter(None, (a.get("note"), b.get("note"))))) or None,
+    }
+
+
+if __name__ == "__main__":
+    stage.main(run)
