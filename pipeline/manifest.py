@@ -9,12 +9,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field, PositiveInt
 
 from pipeline import artifact
 from pipeline.errors import UserError
@@ -32,6 +33,10 @@ SCHEMA = pa.schema(
         ("label", pa.int32()),  # index into `classes`; null in the pool
     ]
 )
+
+
+Amount = PositiveInt | Annotated[float, Field(gt=0, le=1)]
+"""So many images of each class, or a share of them: 50, 0.01."""
 
 
 class ManifestError(UserError):
@@ -54,6 +59,12 @@ class Manifest:
         if column.null_count:
             raise ManifestError(f"{column.null_count} of {len(self)} images have no label, but labels are needed here.")
         return column.to_numpy().astype(np.int64)
+
+    def labels_of(self, images: "Manifest", otherwise: int) -> np.ndarray:
+        """(M,) int64: of each of `images` the label that it has here, by its id, or `otherwise`."""
+        found = pc.index_in(images.table["id"], value_set=self.table["id"]).combine_chunks()
+        rows = found.fill_null(-1).to_numpy(zero_copy_only=False)
+        return np.where(rows < 0, otherwise, self.labels()[rows])
 
     def take(self, rows: np.ndarray) -> "Manifest":
         """The images of the given row numbers, in ascending order of row."""
@@ -109,8 +120,8 @@ def concat(parts: Sequence[Manifest]) -> Manifest:
     return Manifest(table, classes)
 
 
-def balanced(images: Manifest, amount: float, seed: int) -> Manifest:
-    """As many images of each class: `amount` of them if it is an int, else that share of each class, at least one image.
+def balanced(images: Manifest, amount: Amount, seed: int) -> Manifest:
+    """So many images of each class, or that share of them and at least one.
 
     Drawn by `seed`; a larger amount holds the images of a smaller one, and no class moves another's draw. Raises ManifestError
     for a class with fewer images.

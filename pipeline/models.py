@@ -168,13 +168,14 @@ def features_of(encoder: nn.Module) -> int:
 def projection_layers(features: int, layers: int, out: int) -> nn.Sequential:
     """SimCLRv2's projection head (B, F) -> (B, out): each layer is linear without bias, then batch normalisation.
 
-    All layers but the last are as wide as the features and end with a ReLU; the last normalisation has a scale but no shift.
+    All layers but the last are as wide as the features and end with a ReLU; the last normalisation has a scale, but a shift that
+    stays at zero.
     """
     inner = [
         nn.Sequential(nn.Linear(features, features, bias=False), nn.BatchNorm1d(features), nn.ReLU()) for _ in range(layers - 1)
     ]
     last = nn.BatchNorm1d(out)
-    last.register_parameter("bias", None)
+    last.bias.requires_grad_(False)
     return nn.Sequential(*inner, nn.Sequential(nn.Linear(features, out, bias=False), last))
 
 
@@ -183,7 +184,7 @@ class Projected(nn.Module):
 
     def __init__(self, encoder: nn.Module, layers: int, out: int) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.out = encoder, out
         self.head = projection_layers(features_of(encoder), layers, out)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline import models, predict
 
@@ -83,8 +84,11 @@ def test_the_projection_head_is_the_published_one() -> None:
     expected = x
     for i, layer in enumerate(head):
         linear, norm, *rest = layer.children()
+        assert isinstance(linear, nn.Linear)
+        assert isinstance(norm, nn.BatchNorm1d)
         assert linear.bias is None
-        assert (norm.bias is None) == (i == 2)
+        assert norm.bias.requires_grad == (i < 2)
+        assert not norm.bias.any()
         expected = expected @ linear.weight.T / (1 + norm.eps) ** 0.5  # fresh statistics: mean 0, variance 1
         assert len(rest) == (i < 2)
         expected = expected.relu() if i < 2 else expected

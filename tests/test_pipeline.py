@@ -31,6 +31,7 @@ PARAMS: dict[str, Any] = {
         "holdout": 0.2,
     },
     "dedup": {},
+    "pretrain": {},
     "teach": {"teacher": {"init": "scratch", "model": SMALL, "training": TRAINING}},
     "ensemble": {},
     "score": {"teacher": {"teacher": "teach/teacher"}},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from pipeline import artifact, checkpoint, device, images, manifest, models, network, predict
+from pipeline import artifact, checkpoint, device, images, losses, manifest, models, network, predict
 from pipeline import teacher as soft_labels
 from pipeline.checkpoint import CheckpointError
 from pipeline.decode import decode
@@ -271,3 +271,49 @@ def test_calibration_error_and_interval_follow_the_references() -> None:
     # Wilson's interval for 81 of 263, worked by hand from his formula (1927).
     assert evaluate.wilson(81, 263) == pytest.approx((0.25529, 0.36620), abs=1e-5)
     assert evaluate.wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_hard_labels_are_added_where_they_are_known(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step on all images: alpha times the mean divergence, 1 - alpha times the sum of the known cross entropies over all."""
+    teacher = taught(data, tmp_path / "teacher")
+    terms: dict[str, torch.Tensor] = {}
+    soft, hard = losses.SoftLoss.__call__, distil.cross_entropy
+
+    def softly(self: losses.SoftLoss, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        terms["soft"] = soft(self, s, t).detach()
+        return soft(self, s, t)
+
+    def recorded(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        terms["logits"], terms["y"] = logits.detach(), y
+        return hard(logits, y)
+
+    monkeypatch.setattr(losses.SoftLoss, "__call__", softly)
+    monkeypatch.setattr(distil, "cross_entropy", recorded)
+    training = {**TRAINING, "steps": 1, "batch": 38}
+    distilled(data, tmp_path / "a", teacher, alpha=0.75, labels=2, training=training)
+    y, log_q = terms["y"].tolist(), terms["logits"].log_softmax(1)
+    assert sorted(y) == [-1] * 32 + [0, 0, 1, 1, 2, 2]
+    naive = -sum(float(log_q[i, c]) for i, c in enumerate(y) if c >= 0) / 38
+    loss = json.loads((tmp_path / "a" / "history.json").read_text())["train"][0]["loss"]
+    assert loss == pytest.approx(0.75 * float(terms["soft"]) + 0.25 * naive, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"alpha": 0.5, "labelled": False}, "takes labels from the labelled images"),
+        ({"labels": 3}, "only where `alpha` is below 1"),
+    ],
+)
+def test_hard_labels_that_cannot_be_read_are_refused(wrong: dict[str, Any], message: str) -> None:
+    section = {"init": "-", "teacher": "-", "images": "-", "training": TRAINING, **wrong}
+    with pytest.raises(ValueError, match=message):
+        distil.Distil.model_validate(section)
+
+
+def test_a_manifest_knows_the_labels_of_others_by_their_ids(data: Path) -> None:
+    train, pool = manifest.read(data / "train"), manifest.read(data / "pool")
+    some = train.take(np.array([3, 5, 11]))
+    found = some.labels_of(manifest.concat([pool, train]), -1)
+    assert sorted(found[found >= 0]) == sorted(some.labels())
+    assert (found >= 0).sum() == 3

@@ -1,14 +1,19 @@
 """Train a student on a teacher's soft labels only (SSLD, arXiv 2103.05959, section 3)."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline import artifact, checkpoint, device, fit, images, losses, manifest, models, network, predict, stage
 from pipeline.images import Mix, View
 from pipeline.params import Machine, Section
 from pipeline.teacher import read
+
+UNKNOWN = -1  # the label of an image that has none
 
 
 class Distil(Section):
@@ -18,6 +23,10 @@ class Distil(Section):
     to learn on. `labelled`: add the labelled images, their labels unread, to `images`. `teacher_bn`: the statistics that the
     teacher normalises with, `eval` its own or `batch` those of each batch (as SSLD's published code has it); either way its
     weights stay as they are. `mix`: mixup and cutmix of the view that both see.
+
+    `alpha` below 1 adds hard labels, as SimCLRv2 does where there are many: alpha times the divergence on all images, and
+    1 - alpha times the cross entropy of the labelled ones, both averaged over the batch. `labels`: only of so many of these,
+    the same as in `teach`.
     """
 
     init: str
@@ -26,11 +35,21 @@ class Distil(Section):
     model: network.Network | None = None
     labelled: bool = True
     loss: losses.SoftLoss = losses.SoftLoss()
+    alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
+    labels: manifest.Amount | None = None
     teacher_bn: Literal["eval", "batch"] = "eval"
     view: View | None = None
     mix: Mix = Mix()
     training: fit.Training
     note: str | None = None
+
+    @model_validator(mode="after")
+    def _labels_are_there(self) -> "Distil":
+        if self.alpha < 1 and not self.labelled:
+            raise ValueError("`alpha` below 1 takes labels from the labelled images, which `labelled: false` leaves out")
+        if self.alpha == 1 and self.labels is not None:
+            raise ValueError("`labels` are read only where `alpha` is below 1")
+        return self
 
 
 def run(
@@ -49,7 +68,8 @@ def run(
 ) -> stage.Metrics:
     """Minimise a divergence between the teacher's and the student's class probabilities on the same view of each image.
 
-    No label is read but the held-out ones, for the measurements. Raises TrainingError, CheckpointError, ModelError.
+    No label is read but the held-out ones, for the measurements, and those that `alpha` below 1 adds. Raises TrainingError,
+    CheckpointError, ModelError.
     """
     labelled, held_out, unlabelled = manifest.read(train), manifest.read(holdout), manifest.read(chosen)
     only_labelled = artifact.identity(chosen) == artifact.identity(train)
@@ -60,10 +80,19 @@ def run(
     given = images.Input.model_validate(description.input)
     taught_by = read(teacher, labelled.classes, seen, on, params.teacher_bn)
     cores = machine.cores(machine.workers)
+    known = taught_by.training.get("labelled", 0)
+    if params.alpha < 1:
+        part = labelled if params.labels is None else manifest.balanced(labelled, params.labels, seed)
+        hard = torch.from_numpy(part.labels_of(seen, UNKNOWN))
+        known = max(known, len(part) if params.labels is not None else len(labelled) + len(held_out))
 
     def divergence(model: nn.Module, batch: fit.Batch) -> Tensor:
         t = taught_by.logits(batch)  # B, C
-        return params.loss(model(images.normalise(batch.views, given)), t)
+        s = model(images.normalise(batch.views, given))
+        value = params.loss(s, t)
+        if params.alpha < 1:
+            value = params.alpha * value + (1 - params.alpha) * cross_entropy(s, hard[batch.rows].to(on.device))
+        return value
 
     model, history = fit.fit(
         student,
@@ -87,7 +116,7 @@ def run(
     described = description.trained(
         params.training.steps,
         params.training.batch,
-        origin.get("labelled", 0),
+        known,
         0 if only_labelled else len(unlabelled),
         params.note or origin.get("note"),
         macs=models.macs_of_training(model, given.size, *taught_by.networks),
@@ -96,6 +125,11 @@ def run(
         checkpoint.save(tmp, model, described, history)
     measured = {f"holdout_{name}": value for name, value in check(model).items()}
     return {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model), **measured}
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, C) logits, (N,) labels -> the sum over the images whose label is not UNKNOWN, divided by N."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=UNKNOWN, reduction="sum") / len(labels)
 
 
 if __name__ == "__main__":

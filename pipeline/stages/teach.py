@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
 from pipeline import artifact, checkpoint, device, fit, images, manifest, models, network, predict, stage
@@ -16,6 +17,9 @@ class Teach(Section):
     `exit`: of an `init` with several exits, where the model ends (null: at the deepest); with `training: null` that exit becomes
     a model directory of its own.
 
+    `labels`: learn from so few labelled images, a number (50) or a share (0.01) of each class, drawn by the seed; `labels.txt` in
+    the model directory names them, and the table counts them alone. `from_layer`: of a model from `pretrain`, after which layer
+    of its projection head the classifier stands: 1 in SimCLRv2, 0 (on the encoder) where all labels are there.
     `labelled`: how many labelled images a model that is brought in has seen, for the table. `note` stands below the table.
     """
 
@@ -24,6 +28,8 @@ class Teach(Section):
     exit: int | None = None
     view: images.View = images.View()
     training: fit.Training | None = None
+    labels: manifest.Amount | None = None
+    from_layer: NonNegativeInt | None = None
     note: str | None = None
 
 
@@ -44,8 +50,12 @@ def run(
     The held-out images are measured ten times in a run, never trained on. Raises TrainingError, CheckpointError, ModelError.
     """
     labelled, held_out = manifest.read(train), manifest.read(holdout)
+    known = len(labelled) + len(held_out)
+    if params.labels is not None:
+        labelled = manifest.balanced(labelled, params.labels, seed)
+        known = len(labelled)
     on = device.pick(machine)
-    model, description = network.start(params.model, init, labelled.classes, seed, params.exit)
+    model, description = network.start(params.model, init, labelled.classes, seed, params.exit, params.from_layer)
     model = on.place(model)
     given = images.Input.model_validate(description.input)
     cores = machine.cores(machine.workers)
@@ -75,8 +85,10 @@ def run(
         )
     steps, batch = (params.training.steps, params.training.batch) if params.training else (0, 0)
     cost = models.macs_of_training(model, given.size)
-    described = description.trained(steps, batch, len(labelled) + len(held_out), 0, params.note, macs=cost)
+    described = description.trained(steps, batch, known, 0, params.note, macs=cost)
     with artifact.writing(out) as tmp:
+        if params.labels is not None:
+            (tmp / "labels.txt").write_text("".join(f"{name}\n" for name in labelled.table["id"].to_pylist()))
         checkpoint.save(tmp, model, described, history)
     measured = {f"holdout_{name}": value for name, value in check(model).items()}
     return {"steps": steps, "images": len(labelled), "parameters": models.parameters_of(model), **measured}
