@@ -31,8 +31,11 @@ PARAMS: dict[str, Any] = {
         "holdout": 0.2,
     },
     "dedup": {},
-    "pretrain": {},
-    "teach": {"teacher": {"init": "scratch", "model": SMALL, "training": TRAINING}},
+    "pretrain": {"base": {"images": "dedup/pool", "model": SMALL, "head_out": 16, "training": TRAINING}},
+    "teach": {
+        "teacher": {"init": "scratch", "model": SMALL, "training": TRAINING},
+        "few": {"init": "pretrain/base", "from_layer": 1, "labels": 2, "training": TRAINING},
+    },
     "ensemble": {},
     "score": {"teacher": {"teacher": "teach/teacher"}},
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 4}},
@@ -40,12 +43,15 @@ PARAMS: dict[str, Any] = {
     "label": {},
     "distil": {
         "ssld": {**STUDENT, "images": "select/top"},
+        "spread": {**STUDENT, "teacher": "teach/few", "images": "dedup/pool", "loss": {"name": "soft_ce", "temperature": 0.1}},
         "finetune": {"init": "distil/ssld", "teacher": "teach/teacher", "images": "dedup/train", "training": TRAINING},
     },
     "self_distil": {},
     "evaluate": {
         "baseline": {"model": "teach/teacher"},
         "ssld": {"model": "distil/ssld"},
+        "few": {"model": "teach/few"},
+        "spread": {"model": "distil/spread"},
         "finetune": {"model": "distil/finetune"},
     },
     "export": {"student": {"model": "distil/finetune", "evaluation": "evaluate/finetune"}},
@@ -92,8 +98,18 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     return house
 
 
-EVALUATED = ["evaluate@baseline", "evaluate@ssld", "evaluate@finetune"]
-ALL = {"draw@scenes", "prepare", "dedup", "teach@teacher", "score@teacher", "select@top", "distil@ssld", "distil@finetune"}
+EVALUATED = ["evaluate@baseline", "evaluate@ssld", "evaluate@few", "evaluate@spread", "evaluate@finetune"]
+SIMCLR = {"pretrain@base", "teach@few", "distil@spread"}
+ALL = {
+    "draw@scenes",
+    "prepare",
+    "dedup",
+    "teach@teacher",
+    "score@teacher",
+    "select@top",
+    "distil@ssld",
+    "distil@finetune",
+} | SIMCLR
 
 
 def test_every_stage_runs_once_and_leaves_whole_artifacts(house: House) -> None:

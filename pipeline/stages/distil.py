@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from pipeline import artifact, checkpoint, device, fit, images, losses, manifest, models, network, predict, stage
@@ -24,15 +24,16 @@ class Distil(Section):
     teacher normalises with, `eval` its own or `batch` those of each batch (as SSLD's published code has it); either way its
     weights stay as they are. `mix`: mixup and cutmix of the view that both see.
 
-    `alpha` below 1 adds hard labels, as SimCLRv2 does where there are many: alpha times the divergence on all images, and
-    1 - alpha times the cross entropy of the labelled ones, both averaged over the batch. `labels`: only of so many of these,
-    the same as in `teach`.
+    `from_layer`: as in `teach`, of an `init` from `pretrain`. `alpha` below 1 adds hard labels, as SimCLRv2 does where there are
+    many: alpha times the divergence on all images, and 1 - alpha times the cross entropy of the labelled ones, both averaged
+    over the batch. `labels`: only of so many of these, the same as in `teach`.
     """
 
     init: str
     teacher: str
     images: str
     model: network.Network | None = None
+    from_layer: NonNegativeInt | None = None
     labelled: bool = True
     loss: losses.SoftLoss = losses.SoftLoss()
     alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -75,7 +76,7 @@ def run(
     only_labelled = artifact.identity(chosen) == artifact.identity(train)
     seen = manifest.concat([unlabelled, labelled]) if params.labelled and not only_labelled else unlabelled
     on = device.pick(machine)
-    student, description = network.start(params.model, init, labelled.classes, seed)
+    student, description = network.start(params.model, init, labelled.classes, seed, from_layer=params.from_layer)
     student = on.place(student)
     given = images.Input.model_validate(description.input)
     taught_by = read(teacher, labelled.classes, seen, on, params.teacher_bn)
