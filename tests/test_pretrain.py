@@ -340,6 +340,18 @@ def test_two_processes_pre_train_what_one_does(data: Path, tmp_path: Path) -> No
         assert torch.allclose(tensor.float(), two[name].float(), rtol=1e-2, atol=2e-3), name
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"pretrained": "torchvision"}, "at random or from `pretrained: timm`"),
+        ({"options": {"head_layers": 1}}, "no option of an encoder"),
+    ],
+)
+def test_what_is_no_encoder_is_refused(data: Path, tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(models.ModelError, match=message):
+        pretrained(data, tmp_path / "out", model={**MODEL, **wrong})
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_classifier_starts_from_a_layer_of_the_head_with_few_labels(data: Path, tmp_path: Path, layer: int) -> None:
     pretrained(data, tmp_path / "pretrained")

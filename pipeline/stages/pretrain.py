@@ -92,7 +92,7 @@ def run(
     on = device.pick(machine)
     given = params.model.input
     torch.manual_seed(seed)
-    encoder = models.create(params.model.arch, 0, params.model.options, params.model.pretrained == "timm")
+    encoder = _encoder(params.model)
     model = on.place(Contrastive(models.Projected(encoder, params.head_layers, params.head_out), params.memory))
     cores = machine.cores(machine.workers)
 
@@ -140,6 +140,14 @@ def run(
         checkpoint.save(tmp, model.projected, description, history)
     measured = {f"holdout_{name}": value for name, value in check(model).items()}
     return {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model), **measured}
+
+
+def _encoder(wanted: network.Network) -> nn.Module:
+    if wanted.pretrained == "torchvision" or wanted.source_classes is not None:
+        raise models.ModelError("an encoder of `pretrain` starts at random or from `pretrained: timm`, without `source_classes`.")
+    if added := {"exits", "head_layers"} & set(wanted.options):
+        raise models.ModelError(f"`{added.pop()}` is no option of an encoder: leave it out of `pretrain`.")
+    return models.create(wanted.arch, 0, wanted.options, wanted.pretrained == "timm")
 
 
 def nt_xent(projected: Tensor, temperature: float, memory: Tensor | None = None) -> Tensor:

@@ -39,6 +39,14 @@ PARAMS: dict[str, Any] = {
         "holdout": 0.25,
     },
     "dedup": {},
+    "pretrain": {
+        "base": {
+            "images": "dedup/pool",
+            "model": MODEL,
+            "memory": {"size": 20, "ema": 0.5},
+            "training": {**TRAINING, "optimizer": "lars"},
+        }
+    },
     "teach": {"teacher": {"init": "scratch", "model": MODEL, "training": {**TRAINING, "ema": 0.9}}},
     "ensemble": {"both": {"first": "teach/teacher", "second": "distil/online"}},
     "score": {"teacher": {"teacher": "teach/teacher", "m": 2}},
