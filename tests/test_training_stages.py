@@ -303,6 +303,7 @@ def test_hard_labels_are_added_where_they_are_known(data: Path, tmp_path: Path, 
     [
         ({"alpha": 0.5, "labelled": False}, "takes labels from the labelled images"),
         ({"labels": 3}, "only where `alpha` is below 1"),
+        ({"alpha": 0.5, "mix": {"mixup": 1}}, "one label each"),
     ],
 )
 def test_hard_labels_that_cannot_be_read_are_refused(wrong: dict[str, Any], message: str) -> None:

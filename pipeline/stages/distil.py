@@ -48,6 +48,8 @@ class Distil(Section):
     def _labels_are_there(self) -> "Distil":
         if self.alpha < 1 and not self.labelled:
             raise ValueError("`alpha` below 1 takes labels from the labelled images, which `labelled: false` leaves out")
+        if self.alpha < 1 and self.mix:
+            raise ValueError("`alpha` below 1 needs views with one label each, which `mix` does not leave")
         if self.alpha == 1 and self.labels is not None:
             raise ValueError("`labels` are read only where `alpha` is below 1")
         return self
