@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from pipeline.errors import UserError
 
@@ -28,7 +28,8 @@ class Machine(Section):
     core. `memory_gb`: decoded images up to this size stay in memory; larger sets are decoded batch by batch.
     `checkpoint_minutes`: how much work a killed training run may lose. `processes`: how many train together, each on its part of
     every batch (one per GPU; torchrun starts them). `compile`: translate the networks with torch.compile: worth its
-    start-up time on a GPU and in long runs.
+    start-up time on a GPU and in long runs. `executor`: who does the shards of `dedup`: `local`, processes of this machine, or
+    `dask://HOST:PORT`, the workers of a cluster that sees the same folder (docs/operations.md).
     """
 
     device: str = "auto"
@@ -39,6 +40,7 @@ class Machine(Section):
     checkpoint_minutes: PositiveFloat = 5.0
     processes: PositiveInt = 1
     compile: bool = False
+    executor: str = Field(default="local", pattern=r"^(local|dask://[^/:]+:\d+)$")
 
     def cores(self, wanted: int) -> int:
         """`wanted`, or this process's share of the usable cores if it is 0."""

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import importlib
 import inspect
 import json
 import os
@@ -35,7 +36,7 @@ Metrics = Mapping[str, Any]
 """JSON values by name; deterministic for the same inputs (timings belong into the journal)."""
 
 SCRATCH = Path(".scratch")
-INERT = ("pipeline.stage", "pipeline.journal", "pipeline.tracking", "pipeline.progress", "pipeline.errors")
+INERT = tuple(f"pipeline.{module}" for module in ("stage", "journal", "tracking", "progress", "shards", "errors"))
 PARAMS_FILE = Path("params.yaml")
 WRONG_INPUT, TRY_AGAIN, INTERRUPTED = 2, 75, 130
 
@@ -79,6 +80,9 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool) -> None:
     machine = (
         parameters.load(file, parameters.Machine, ("machine",)) if "machine" in parameters.read(file) else parameters.Machine()
     )
+    if machine.executor != "local" and run.__module__ == "__main__":
+        # What goes to other machines has to be found there by its own name.
+        run = importlib.import_module(sys.modules["__main__"].__spec__.name).run  # type: ignore[union-attr]
     if parallel and machine.processes > 1 and "RANK" not in os.environ:
         from pipeline import group  # torch, which not every stage needs
 

@@ -57,7 +57,7 @@ class Bench:
         self.overrides.write_text("id,action,reason\n")
         self.scratch = folder / "scratch"
 
-    def run(self, workers: int = 1, **params: Any) -> Mapping[str, Any]:
+    def run(self, workers: int = 1, machine: Machine | None = None, **params: Any) -> Mapping[str, Any]:
         self.scratch.mkdir(exist_ok=True)
         outs = {f"{name}_out": self.folder / "out" / name for name in ("pool", "train", "leaks", "gallery")}
         return dedup.run(
@@ -66,7 +66,7 @@ class Bench:
             **outs,
             overrides=self.overrides,
             scratch=self.scratch,
-            machine=Machine(workers=workers),
+            machine=machine or Machine(workers=workers),
         )
 
     def audit(self) -> list[dict[str, Any]]:

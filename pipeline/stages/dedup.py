@@ -2,16 +2,10 @@
 
 import base64
 import csv
-import ctypes
 import functools
 import html
 import itertools
-import multiprocessing
-import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -24,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from pipeline import artifact, manifest, progress, sift, stage
+from pipeline import artifact, manifest, progress, shards, sift, stage
 from pipeline.decode import ImageRefused, decode
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
@@ -100,7 +94,7 @@ def run(
     """
     sets = {"pool": manifest.read(pool), "train": manifest.read(train), "val": manifest.read(val)}
     decisions = read_overrides(overrides, sets)
-    search = Search(sets, scratch, machine.cores(machine.workers))
+    search = Search(sets, scratch, machine)
     collapse = params.duplicates == "collapse"
     if collapse:
         search.describe("pool")
@@ -146,8 +140,8 @@ def _check_classes(before: Manifest, after: Manifest) -> None:
 class Search:
     """The images of one set found in another, shard by shard, by worker processes; finished shards stay in `scratch`."""
 
-    def __init__(self, sets: Mapping[str, Manifest], scratch: Path, workers: int) -> None:
-        self.sets, self.scratch, self.workers = sets, scratch, workers
+    def __init__(self, sets: Mapping[str, Manifest], scratch: Path, machine: Machine) -> None:
+        self.sets, self.scratch, self.machine = sets, scratch.absolute(), machine
 
     def describe(self, name: str) -> Path:
         """Features and small grey copies of a whole set, kept in its folder."""
@@ -194,11 +188,12 @@ class Search:
         missing = [(first, file) for first, file in zip(starts, files, strict=True) if not file.exists()]
         done = len(images) - sum(min(SHARD, len(images) - first) for first, _ in missing)
         stored = stored if stored is not None and stored.exists() else None
-        shards = (Shard(_pack(images.table.slice(first, SHARD)), first, file, stored) for first, file in missing)
+        work_left = (Shard(_pack(images.table.slice(first, SHARD)), first, file, stored) for first, file in missing)
         if not missing:
             return files
         with progress.bar(len(images), "images", label, done) as shown:
-            for count in in_processes(work, shards, min(self.workers, len(missing))):
+            workers = min(self.machine.cores(self.machine.workers), len(missing))
+            for count in shards.done(work, work_left, workers, self.machine.executor):
                 shown.update(count)
         return files
 
@@ -226,37 +221,6 @@ def _pack(table: pa.Table) -> bytes:
 
 def _unpack(data: bytes) -> Manifest:
     return Manifest(pa.ipc.open_stream(data).read_all().cast(manifest.SCHEMA), ())
-
-
-def in_processes(work: Callable[[Shard], int], shards: Iterator[Shard], workers: int) -> Iterator[int]:
-    """`work` of each shard, in the order in which they end, by `workers` processes (none of their own if 1)."""
-    if workers <= 1:
-        yield from map(work, shards)
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would copy OpenMP's locks
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        waiting: set[Future[int]] = {pool.submit(work, shard) for shard in itertools.islice(shards, 2 * workers)}
-        try:
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                waiting |= {pool.submit(work, shard) for shard in itertools.islice(shards, len(done))}
-                yield from (future.result() for future in done)
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process of dedup died, probably for lack of memory. Lower `machine.workers` and repeat the command: "
-                "finished shards are kept."
-            ) from None
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _start_worker() -> None:
-    """The workers end with the stage, even if it is killed; and Ctrl-C is for the stage to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 class Gallery(Protocol):
