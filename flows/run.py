@@ -358,7 +358,8 @@ async def winnow(
         raise NotAllDone(why + (f". Not run: {', '.join(held)}" if held else ""))
     if folder != workspace:
         name = re.sub(r"[^A-Za-z0-9]+", "-", " ".join(set_params or []))[:60].strip("-")
-        saved = await asyncio.to_thread(dag.call, folder, "exp", "save", "--force", "--name", f"{name}-{folder.name[:6]}")
+        save = ("exp", "save", "--force", "--name", f"{name}-{folder.name[:6]}", *plan)  # without names it wants every output
+        saved = await asyncio.to_thread(dag.call, folder, *save)
         log.info(saved.strip())
         worktree.remove(workspace, folder)
     return Completed(message=f"{len(todo)} stages run, {len(plan) - len(todo)} cached" if todo else f"{len(plan)} stages cached")

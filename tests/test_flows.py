@@ -278,6 +278,12 @@ def test_a_variant_leaves_the_workspace_alone(project: Path, server: None) -> No
     assert names[0].startswith("use-a-by-9-")
 
 
+def test_a_variant_of_some_stages_is_an_experiment_too(project: Path, server: None) -> None:
+    assert play(set_params=["use.a.by=8"], targets=["use@a"]) == {"make": "Completed", "use@a": "Completed"}
+    assert "use-a-by-8-" in sh(project, "dvc", "exp", "list", "--name-only")
+    assert not (project / "data").exists()
+
+
 # Another machine
 
 
