@@ -238,7 +238,7 @@ def flip(house: House, command: Command, random: np.random.Generator) -> list[st
         broken[random.integers(len(whole))] ^= 1 << int(random.integers(8))
         file.write_bytes(broken)
         status, _ = house.run(command)
-        if status != 1 or str(folder.relative_to(house.folder)) not in house.log() or "Traceback" in house.log():
+        if status != stage.WRONG_INPUT or str(folder.relative_to(house.folder)) not in house.log() or "Traceback" in house.log():
             unnoticed.append(f"{command.name}: {file.relative_to(house.folder)}, status {status}: {house.log()[-500:]}")
         file.write_bytes(whole)
     return unnoticed
