@@ -16,6 +16,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import onnxscript  # noqa: F401 - seconds that every child of `export` would spend
 import yaml
 
 from pipeline import artifact, stage
