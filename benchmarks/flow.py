@@ -1,6 +1,7 @@
 """What the flow costs beside bare `dvc repro`, and what a killed run leaves behind.
 
     python -m benchmarks.flow overhead --pairs 3     # the same stages by dvc repro and by the flow, alternating, in fresh clones
+    python -m benchmarks.flow fixed --pairs 3        # what a stage costs that does nothing, under either
     python -m benchmarks.flow killed                 # SIGKILL in the middle of training, run again: are the artifacts the same?
 
 The clones are of the commit at HEAD, with params.yaml as it is here but for `--steps`. The Prefect server runs on a free port of
@@ -115,6 +116,36 @@ def overhead(pairs: int, steps: int | None) -> None:
         print(f"a stage: {statistics.median(differences):+.2f} s; a run with everything cached: {again:.1f} s")
 
 
+def empty(folder: Path, stages: int = 12) -> Path:
+    """A DVC project of stages that do nothing, each after the last."""
+    folder.mkdir()
+    body = {
+        f"s{i:02}": {"cmd": f"echo {i} > o{i:02}", "outs": [f"o{i:02}"], **({"deps": [f"o{i - 1:02}"]} if i else {})}
+        for i in range(stages)
+    }
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": body}, sort_keys=False))
+    (folder / "params.yaml").write_text("{}\n")
+    for command in (["git", "init", "-q", "."], ["dvc", "init", "-q"]):
+        subprocess.run(command, cwd=folder, check=True, env=environment(), capture_output=True)
+    return folder
+
+
+def fixed(pairs: int) -> None:
+    with tempfile.TemporaryDirectory() as tmp, server(Path(tmp)) as env:
+        code = {"PYTHONPATH": str(ROOT), **env}
+        costs, cached = [], []
+        for i in range(pairs):
+            bare, flow = empty(Path(tmp, f"bare{i}")), empty(Path(tmp, f"flow{i}"))
+            runs = [("bare", ["dvc", "repro"], bare, {}), ("flow", [sys.executable, "-c", FLOW], flow, code)]
+            took = {name: timed(command, folder, **more) for name, command, folder, more in (runs if i % 2 == 0 else runs[::-1])}
+            cached.append(timed([sys.executable, "-c", FLOW], flow, **code))
+            costs.append((took["flow"] - cached[-1], took["bare"]))
+            print(f"pair {i}: bare {took['bare']:.1f} s, flow {took['flow']:.1f} s, all cached {cached[-1]:.1f} s")
+        of_flow, of_dvc = (statistics.median(c[k] for c in costs) / 12 for k in (0, 1))
+        print(f"a stage that does nothing: {of_dvc:.2f} s by dvc repro, {of_flow:.2f} s by the flow")
+        print(f"a run of the flow with 12 stages, all cached: {statistics.median(cached):.1f} s")
+
+
 def killed(steps: int | None) -> None:
     with tempfile.TemporaryDirectory() as tmp, server(Path(tmp)) as env:
         whole, broken = clone(Path(tmp, "whole"), steps), clone(Path(tmp, "broken"), steps)
@@ -144,13 +175,18 @@ def killed(steps: int | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flow", description="What the flow costs, and survives.")
-    parser.add_argument("what", choices=["overhead", "killed"])
+    parser.add_argument("what", choices=["overhead", "fixed", "killed"])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument(
         "--steps", type=int, default=None, help="a smaller job: fewer entries, 1,600 images in the pool, so many training steps"
     )
     args = parser.parse_args()
-    overhead(args.pairs, args.steps) if args.what == "overhead" else killed(args.steps)
+    if args.what == "overhead":
+        overhead(args.pairs, args.steps)
+    elif args.what == "fixed":
+        fixed(args.pairs)
+    else:
+        killed(args.steps)
 
 
 if __name__ == "__main__":
