@@ -42,7 +42,8 @@ def main() -> None:
     reproduce(folders[0], *shared)
     with ThreadPoolExecutor(args.jobs) as jobs:
         list(jobs.map(reproduce, folders))
-    text = f"Seeds {', '.join(map(str, args.seeds))}; {machine()}; {time.monotonic() - start:,.0f} s in all.\n\n{table(folders)}"
+    how = f"Seeds {', '.join(map(str, args.seeds))}; {machine()}; {time.monotonic() - start:,.0f} s in all."
+    text = f"{how}\n\n{table(folders)}{exits(folders)}"
     print(text)
     if args.out:
         command = f"python -m benchmarks.seeds {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
@@ -94,6 +95,26 @@ def table(folders: list[Path]) -> str:
             f"| {training['labelled']:,} | {training['unlabelled']:,} | {training['steps']:,} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def exits(folders: list[Path]) -> str:
+    """Markdown: for networks with exits a row per way to use them, speeds of the first seed; empty where there are none."""
+    found = [evaluations(folder) for folder in folders]
+    lines = [
+        "| entry | exit | val top-1 % | each seed | over baseline | MMACs an image | parameters | images/s |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    for entry, first in found[0].items():
+        for i, row in enumerate(first.get("exits", {"rows": []})["rows"]):
+            val = [100 * f[entry]["exits"]["rows"][i]["val_top1"] for f in found]
+            gains = [v - 100 * f["baseline"]["val"]["top1"] for v, f in zip(val, found, strict=True)]
+            macs = statistics.mean(f[entry]["exits"]["rows"][i]["macs"] for f in found) / 1e6
+            speed = first.get("speed", {"images_per_second": {}})["images_per_second"].get(row["exit"])
+            lines.append(
+                f"| {entry} | {row['exit']} | {spread(val)} | {' / '.join(f'{v:.1f}' for v in val)} | {spread(gains)} "
+                f"| {macs:.2f} | {row['parameters']:,} | {f'{speed:,.0f}' if speed else ''} |"
+            )
+    return "\n" + "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def evaluations(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Exits after the stages of a ResNet: one network, several classifiers (Zhang et al. 2019, "Be Your Own Teacher", section 3)."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -47,17 +48,24 @@ class Exits(nn.Module):
     def __len__(self) -> int:
         return len(self.branches) + 1
 
-    def forward(self, x: Tensor) -> Exited:
+    def forward(self, x: Tensor, last: int | None = None) -> Exited:
+        """`last`: how many exits to compute (null: all)."""
         x = _stem(self.trunk, x)
         logits, features = [], []
-        *before, last = _stages(self.trunk)
-        for stage, branch in zip(before, self.branches.values(), strict=True):
+        for number, stage in enumerate(_stages(self.trunk)[:last], 1):
             x = stage(x)
-            features.append(branch.bottlenecks(x))  # type: ignore[operator]  # B, F, H, W
-            logits.append(branch.classify(features[-1]))  # type: ignore[operator]
-        features.append(last(x))
-        logits.append(self.trunk.forward_head(features[-1]))  # type: ignore[operator]
+            s, f = self.at(number, x)
+            logits.append(s)
+            features.append(f)
         return Exited(tuple(logits), tuple(features))
+
+    def at(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) and features (B, F, H, W) of an exit, from the output of its stage."""
+        if number == len(self):
+            return self.trunk.forward_head(x), x  # type: ignore[operator]
+        branch = self.branches[str(number)]
+        features = branch.bottlenecks(x)  # type: ignore[operator]
+        return branch.classify(features), features  # type: ignore[operator]
 
 
 class Cut(nn.Module):
@@ -87,14 +95,63 @@ class Cut(nn.Module):
 
 
 class Stacked(nn.Module):
-    """An `Exits` as inference wants it: (B, 3, S, S) -> (B, exits, classes) logits."""
+    """The first `last` exits (null: all) as inference wants them: (B, 3, S, S) -> (B, exits, classes) logits."""
 
-    def __init__(self, whole: nn.Module) -> None:
+    def __init__(self, whole: Exits, last: int | None = None) -> None:
+        super().__init__()
+        self.whole, self.last = whole, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack(self.whole(x, self.last).logits, 1)
+
+
+class Ensemble(nn.Module):
+    """All exits as one classifier: (B, 3, S, S) -> (B, classes) logarithms of the mean of their probabilities."""
+
+    def __init__(self, whole: Exits) -> None:
         super().__init__()
         self.whole = whole
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack(self.whole(x).logits, 1)
+        return mean_probability(torch.stack(self.whole(x).logits, 1))
+
+
+class Early(nn.Module):
+    """A classifier (B, 3, S, S) -> (B, classes) that gives each image the first exit whose confidence reaches `threshold`.
+
+    Later stages see only the images that are still in doubt. Confidence is the largest probability of an exit, 0..1.
+    """
+
+    def __init__(self, whole: Exits, threshold: float) -> None:
+        super().__init__()
+        self.whole, self.threshold = whole, threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _stem(self.whole.trunk, x)
+        doubtful = torch.arange(len(x), device=x.device)
+        out: Tensor | None = None
+        for number, stage in enumerate(_stages(self.whole.trunk), 1):
+            x = stage(x)
+            logits = self.whole.at(number, x)[0]
+            out = logits if out is None else out.index_copy(0, doubtful, logits)
+            left = logits.float().softmax(1).amax(1) < self.threshold
+            x, doubtful = x[left], doubtful[left]
+            if not len(doubtful):
+                break
+        assert out is not None
+        return out
+
+
+def mean_probability(logits: Tensor) -> Tensor:
+    """(B, exits, C) -> (B, C): the logarithm of the exits' mean probability."""
+    return logits.float().log_softmax(2).logsumexp(1) - math.log(logits.shape[1])
+
+
+def leaving(logits: Tensor, threshold: float) -> Tensor:
+    """(B, exits, C) -> (B,): the exit, 0 for the first, at which `Early` lets each image go."""
+    sure = logits.float().softmax(2).amax(2) >= threshold
+    sure[:, -1] = True
+    return sure.int().argmax(1)
 
 
 class Branch(nn.Module):

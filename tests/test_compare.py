@@ -36,6 +36,28 @@ def measured(right: np.ndarray, labels: np.ndarray, classes: list[str]) -> dict[
         "nll": 0.9,
         "ece": 0.0321,
         "per_class": {name: float(right[labels == c].mean()) for c, name in enumerate(classes)},
+        "reliability": [[0, 0.0, 0.0]] * 13 + [[100, 0.9, 0.5], [300, 0.99, 0.75]],
+    }
+
+
+def with_exits() -> dict[str, Any]:
+    """The parts of an evaluation that a network with exits has."""
+    rows = [
+        {"exit": name, "parameters": 1_000 * i, "macs": 1_000_000 * i, "holdout_top1": 0.5 + i / 100, "val_top1": 0.51 + i / 100}
+        for i, name in enumerate(("1", "2", "ensemble", "early"), 1)
+    ]
+    curve = [
+        {"threshold": t, "macs": int(1e6 * (1 + t)), "holdout_top1": 0.5, "val_top1": 0.5 + t / 10} for t in (0.0, 0.5, 1.01)
+    ]
+    return {
+        "exits": {"rows": rows, "threshold": 0.5, "leaving": [0.75, 0.25], "curve": curve},
+        "speed": {
+            "device": "cpu",
+            "dtype": "bfloat16",
+            "threads": 1,
+            "batch": 256,
+            "images_per_second": {row["exit"]: 1_234.0 * i for i, row in enumerate(rows, 1)},
+        },
     }
 
 
@@ -44,7 +66,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write the evaluation of one entry into <tmp>/data/evaluate."""
     monkeypatch.setattr(artifact, "sync", lambda path: None)  # these tests end no power cut, and write much
 
-    def write(name: str, classes: int = 8, ids: str = "val", history: bool = True, class_name: str = "class") -> Path:
+    def write(
+        name: str, classes: int = 8, ids: str = "val", history: bool = True, class_name: str = "class", **parts: Any
+    ) -> Path:
         names = [f"{class_name} {c}" for c in range(classes)]
         labels = np.arange(N) % classes
         # The images go from easy to hard, so that a better model is mostly right where a worse one is.
@@ -61,12 +85,19 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         prepared = {**origin, "stage": "prepare", "entry": None, "params": {}, "inputs": {}, "key": "key of prepare"}
         lineage = {r["key"]: r for r in (origin, selected, prepared)}
         evaluation = {
-            "model": {"arch": "resnet8", "parameters": 78_042 * (1 + (name == "teacher")), "macs": None, "input": 32},
+            "model": {
+                "arch": "resnet8",
+                "parameters": 78_042 * (1 + (name == "teacher")),
+                "macs": 12_281_088,
+                "input": 32,
+                "exit": None,
+            },
             "training": {
                 "stage": "teach" if name in ("teacher", "baseline") else "distil",
                 "entry": name,
                 "init": "scratch",
-                "teacher": None,
+                "teacher": "teach/teacher" if name in ("ssld", "finetune") else None,
+                "macs": 5_658_720_000_000,
                 "steps": 1_200,
                 "batch": 128,
                 "labelled": 5_000,
@@ -75,6 +106,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
             },
             "val": measured(right, labels, names),
             "holdout": measured(right, labels, names),
+            **parts,
         }
         checks = [{"step": s, "top1": 0.5 + s / 4_000, "loss": 1.0} for s in (400, 800, 1_200)] if history else []
         predictions = {
@@ -311,7 +343,7 @@ def test_the_page_stands_alone(four: Path) -> None:
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert "@import" not in html
     plots = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(plots) == 2
+    assert len(plots) == 3
     for plot in plots:
         ET.fromstring(plot)
         assert not any(stand_in in plot for stand_in in compare.PAGE_COLOURS)
@@ -368,8 +400,60 @@ def test_without_histories_there_are_no_curves(write: Write, tmp_path: Path) -> 
         write(name, history=False)
     out, _ = run(tmp_path / "data" / "evaluate")
     html = (out / "report.html").read_text()
-    assert html.count("<svg") == 1
+    assert html.count("<svg") == 2
     assert "Learning" not in html
+
+
+def test_agreement_is_that_with_the_row_of_the_teacher(four: Path) -> None:
+    out, _ = run(four)
+    rows = {row["entry"]: row for row in csv.DictReader((out / "table.csv").read_text().splitlines())}
+    predicted = {name: pq.read_table(four / name / "predictions.parquet")["predicted"].to_numpy() for name in ENTRIES}
+    assert float(rows["ssld"]["agreement"]) == (predicted["ssld"] == predicted["teacher"]).mean()
+    assert rows["baseline"]["agreement"] == ""
+    without, _ = run(four, ("baseline", "ssld"))
+    assert json.loads((without / "comparison.json").read_text())["entries"]["ssld"]["agreement"] is None
+
+
+def test_compute_is_counted_of_the_training_and_of_a_prediction(four: Path) -> None:
+    out, _ = run(four)
+    header, _, first, *_ = (out / "table.md").read_text().splitlines()
+    cells = dict(zip((c.strip() for c in header.split("|")), (c.strip() for c in first.split("|")), strict=True))
+    assert (cells["training TMACs"], cells["MMACs"], cells["ECE %"], cells["parameters"]) == ("5.66", "12.3", "3.2", "156,084")
+
+
+def test_the_page_shows_who_is_taken_for_whom(four: Path) -> None:
+    out, _ = run(four)
+    text = Page((out / "report.html").read_text()).text
+    table = pq.read_table(four / "ssld" / "predictions.parquet")
+    pairs = list(zip(table["label"].to_pylist(), table["predicted"].to_pylist(), strict=True))
+    worst = max({p: pairs.count(p) for p in pairs if p[0] != p[1]}.items(), key=lambda item: (item[1], -item[0][0]))
+    assert "How far to trust ssld" in text
+    (label, named), images = worst
+    assert f"Its most frequent mistakes: class {label} taken for class {named} ({images})," in text
+
+
+def test_exits_have_a_table_and_a_plot_where_there_are_any(four: Path, write: Write) -> None:
+    out, _ = run(four)
+    assert 'id="exits"' not in (out / "report.html").read_text()
+    write("ssld", **with_exits())
+    out, _ = run(four)
+    html = (out / "report.html").read_text()
+    text = Page(html).text
+    assert html.count("<svg") == 4
+    assert "early" in text
+    assert "at 0.5; 75 / 25 % leave" in text
+    assert "2,468" in text  # images/s of exit 2
+    assert "with 1 thread, bfloat16" in text
+
+
+def test_corruptions_have_a_table_where_they_were_measured(four: Path, write: Write) -> None:
+    out, _ = run(four)
+    assert "On worse images" not in (out / "report.html").read_text()
+    shares = {"noise": [0.5, 0.4, 0.3], "jpeg": [0.6, 0.5, 0.4]}
+    write("ssld", corruptions={"severities": [1, 3, 5], "holdout": shares, "val": shares})
+    out, _ = run(four)
+    text = Page((out / "report.html").read_text()).text
+    assert re.search(r"ssld\s*40\.0\s*50\.0\s*45\.0", text)
 
 
 def test_the_same_evaluations_give_the_same_bytes(four: Path) -> None:

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from pipeline import artifact, checkpoint, device, images, losses, manifest, models, network, predict
 from pipeline import teacher as soft_labels
@@ -19,7 +18,7 @@ from pipeline.decode import decode
 from pipeline.journal import Journal
 from pipeline.params import Machine
 from pipeline.sources import Folder
-from pipeline.stages import distil, evaluate, prepare, score, teach
+from pipeline.stages import distil, prepare, score, teach
 from tests.conftest import folder_of, jpegs
 
 MACHINE = Machine(device="cpu", precision="float32", threads=1, workers=2)
@@ -237,40 +236,6 @@ def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path) -> No
         checkpoint.save(tmp, model, checkpoint.Description("resnet8", ("ant", "dog"), given, {"width": 4}), {})
     with pytest.raises(CheckpointError, match="knows the classes ant, dog, the images the classes ant, bee, cat"):
         scored(data, tmp_path / "teacher", tmp_path / "out")
-
-
-def test_evaluate_reports_what_the_predictions_say(data: Path, tmp_path: Path) -> None:
-    metrics = evaluate.run(
-        evaluate.Evaluate(model="-"),
-        train=data / "train",
-        val=data / "val",
-        holdout=data / "holdout",
-        model=taught(data, tmp_path / "model"),
-        out=tmp_path / "out",
-        machine=MACHINE,
-    )
-    predictions = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pandas()
-    right = predictions["label"] == predictions["predicted"]
-    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert metrics["val_top1"] == pytest.approx(right.mean())
-    assert predictions["id"].tolist() == manifest.read(data / "val").table["id"].to_pylist()
-    names = ("ant", "bee", "cat")
-    assert evaluation["val"]["per_class"] == {
-        n: pytest.approx(right[predictions["label"] == i].mean()) for i, n in enumerate(names)
-    }
-    assert (evaluation["val"]["n"], evaluation["holdout"]["n"], evaluation["training"]["labelled"]) == (9, 6, 24)
-
-
-def test_calibration_error_and_interval_follow_the_references() -> None:
-    random = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(500, 10, generator=random)
-    labels = torch.randint(0, 10, (500,), generator=random)
-    measured = evaluate.measure(logits, labels, tuple("abcdefghij"))
-    expected = multiclass_calibration_error(logits.softmax(1), labels, num_classes=10, n_bins=15)
-    assert measured["ece"] == pytest.approx(float(expected), abs=1e-5)
-    # Wilson's interval for 81 of 263, worked by hand from his formula (1927).
-    assert evaluate.wilson(81, 263) == pytest.approx((0.25529, 0.36620), abs=1e-5)
-    assert evaluate.wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)
 
 
 def test_hard_labels_are_added_where_they_are_known(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

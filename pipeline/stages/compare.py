@@ -35,6 +35,9 @@ MLFLOW = ".venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 Z95 = 1.959964
 HEAT_CLASSES = 40
 """Classes that the heat table shows: of more, those whose accuracy differs most between the entries."""
+MATRIX_CLASSES = 20
+"""Up to so many classes the report shows who is taken for whom as a matrix."""
+MISTAKES = 10
 SHOWN_ITEMS = 6
 """Items of a metric that is itself a mapping; data/<stage>/<entry>.json has all."""
 
@@ -60,14 +63,18 @@ class Compare(Section):
 
 
 class Model(BaseModel):
+    """`macs`: multiply-accumulates of a prediction. `exit`: which part of a network with several exits answers."""
+
     arch: str
     parameters: int
     macs: int | None
     input: int
+    exit: int | str | None = None
 
 
 class Training(BaseModel):
-    """How the model came about. `labelled` counts the images whose labels were read, by it or by its teacher."""
+    """How the model came about. `labelled` counts the images whose labels were read, by it or by its teacher; `macs` the
+    multiply-accumulates of its training and of those it started from."""
 
     stage: str | None
     entry: str | None
@@ -78,10 +85,14 @@ class Training(BaseModel):
     labelled: int
     unlabelled: int
     note: str | None
+    macs: int | None = None
 
 
 class Measured(BaseModel):
-    """Shares lie in 0..1; `top1_low` and `top1_high` are the 95 % interval; `nll` is in nats."""
+    """Shares lie in 0..1; `top1_low` and `top1_high` are the 95 % interval; `nll` is in nats.
+
+    `reliability`: for each bin of confidence the number of images, their mean confidence and their accuracy.
+    """
 
     n: int
     top1: float
@@ -91,6 +102,53 @@ class Measured(BaseModel):
     nll: float
     ece: float
     per_class: dict[str, float]
+    reliability: list[tuple[int, float, float]] = []
+
+
+class Way(BaseModel):
+    """A way to use a network with several exits: one of them by its number, their `ensemble`, or `early`."""
+
+    exit: str
+    parameters: int
+    macs: int
+    holdout_top1: float
+    val_top1: float
+
+
+class Point(BaseModel):
+    """Early exits at a threshold of confidence; `macs` is the mean over the validation images."""
+
+    threshold: float
+    macs: int
+    holdout_top1: float
+    val_top1: float
+
+
+class Exits(BaseModel):
+    """`threshold` was chosen on the held-out images; `leaving` is the share of the validation images that leaves at each exit."""
+
+    rows: list[Way]
+    threshold: float
+    leaving: list[float]
+    curve: list[Point]
+
+
+class Corruptions(BaseModel):
+    """Top-1 accuracy by corruption, at each of the severities."""
+
+    severities: list[int]
+    holdout: dict[str, list[float]]
+    val: dict[str, list[float]]
+
+
+class Speed(BaseModel):
+    """Measured on one machine; `images_per_second` of the `whole` network, or of each way to use one with exits."""
+
+    device: str
+    dtype: str
+    threads: int
+    batch: int
+    images_per_second: dict[str, float]
 
 
 class Evaluation(BaseModel):
@@ -100,6 +158,9 @@ class Evaluation(BaseModel):
     training: Training
     val: Measured
     holdout: Measured
+    exits: Exits | None = None
+    corruptions: Corruptions | None = None
+    speed: Speed | None = None
 
 
 class Difference(NamedTuple):
@@ -117,16 +178,24 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One evaluated model. `right`: (N,) bool, which validation images it names right, in the order of `ids`."""
+    """One evaluated model. `labels` and `predicted`: (N,) classes of the validation images, in the order of `ids`."""
 
     name: str
     evaluation: Evaluation
     ids: np.ndarray
-    right: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
     history: Mapping[str, Any]
     lineage: Mapping[str, Mapping[str, Any]] = field(repr=False)
     difference: Difference | None = None
     """To the baseline; None for the baseline itself."""
+    agreement: float | None = None
+    """Share of the validation images that it names as its teacher does; None where no entry measures its teacher."""
+
+    @property
+    def right(self) -> np.ndarray:
+        """(N,) bool."""
+        return np.asarray(self.labels == self.predicted)
 
     @property
     def origin(self) -> str:
@@ -142,7 +211,8 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
     """
     if params.baseline not in entries:
         raise UserError(f"`compare.baseline` is {params.baseline!r}, but `evaluate` has the entries {', '.join(entries)}.")
-    compared = _against(params.baseline, [_entry(name, artifact.verify(evaluations / name)) for name in entries])
+    read = [_entry(name, artifact.verify(evaluations / name)) for name in entries]
+    compared = _with_agreement(_against(params.baseline, read))
     notes = _notes(compared)
     with artifact.writing(out) as tmp:
         (tmp / "table.csv").write_text(_csv(compared))
@@ -165,7 +235,8 @@ def show(out: Path) -> None:
     entries = []
     for name, e in saved["entries"].items():
         difference = None if e["delta"] is None else Difference(e["delta"], e["delta_low"], e["delta_high"])
-        entries.append(Entry(name, Evaluation.model_validate(e), nothing, nothing, e["history"], {}, difference))
+        evaluation = Evaluation.model_validate(e)
+        entries.append(Entry(name, evaluation, nothing, nothing, nothing, e["history"], {}, difference, e["agreement"]))
     _print(saved["title"], entries)
     gallery = _gallery(out.parent)
     sys.stderr.write(f"\nreport   {out / 'report.html'}\n")
@@ -181,8 +252,7 @@ def _entry(name: str, folder: Path) -> Entry:
     return Entry(
         name,
         Evaluation.model_validate_json((folder / "evaluation.json").read_text()),
-        predictions["id"].to_numpy(),
-        predictions["label"].to_numpy() == predictions["predicted"].to_numpy(),
+        *(predictions[column].to_numpy() for column in ("id", "label", "predicted")),
         json.loads((folder / "history.json").read_text()),
         artifact.record(folder).get("lineage", {}),
     )
@@ -197,6 +267,16 @@ def _against(baseline: str, entries: list[Entry]) -> list[Entry]:
                 "which measures both on data/prepare/val."
             )
     return [e if e is base else replace(e, difference=paired_difference(e.right, base.right)) for e in entries]
+
+
+def _with_agreement(entries: list[Entry]) -> list[Entry]:
+    """The entries with the share of images on which they agree with their teacher, where one of them is the whole teacher."""
+    teachers = {e.origin: e for e in reversed(entries) if e.evaluation.model.exit is None}
+    found = []
+    for e in entries:
+        teacher = teachers.get(e.evaluation.training.teacher or "")
+        found.append(replace(e, agreement=float((e.predicted == teacher.predicted).mean())) if teacher else e)
+    return found
 
 
 def paired_difference(right: np.ndarray, base: np.ndarray) -> Difference:
@@ -251,12 +331,17 @@ COLUMNS = (
         "ECE %",
         "Expected calibration error: how far confidence and accuracy lie apart; 0 is perfect.",
         lambda e: percent(e.evaluation.val.ece),
-        False,
     ),
     Column(
         "holdout %",
         "Top-1 on the held-out labelled images, where choices are made.",
         lambda e: percent(e.evaluation.holdout.top1),
+    ),
+    Column(
+        "as teacher %",
+        "Share of the validation images that it names as its teacher does, where the teacher has a row too.",
+        lambda e: "–" if e.agreement is None else percent(e.agreement),
+        False,
     ),
     Column(
         "labels",
@@ -268,9 +353,27 @@ COLUMNS = (
         "Pool images that its own training saw; a fine-tune starts from a model that saw others.",
         lambda e: f"{e.evaluation.training.unlabelled:,}",
     ),
-    Column("steps", "Optimisation steps of its own training.", lambda e: f"{e.evaluation.training.steps:,}"),
-    Column("parameters", "Weights of the network.", lambda e: f"{e.evaluation.model.parameters:,}", False),
+    Column(
+        "steps", "Optimisation steps of its training, its start's included.", lambda e: f"{e.evaluation.training.steps:,}", False
+    ),
+    Column(
+        "training TMACs",
+        "Compute of its training, its start's included, in 10^12 multiply-accumulates: three forward passes for each image it "
+        "learned from and one of each network that taught it. What a teacher's own training took is not in it.",
+        lambda e: _scaled(e.evaluation.training.macs, 1e12),
+    ),
+    Column(
+        "MMACs",
+        "Compute of a prediction, in 10^6 multiply-accumulates; of early exits the mean over the validation images.",
+        lambda e: _scaled(e.evaluation.model.macs, 1e6),
+    ),
+    Column("parameters", "Weights of the network.", lambda e: f"{e.evaluation.model.parameters:,}"),
 )
+
+
+def _scaled(count: int | None, unit: float) -> str:
+    """Three digits of a count in its unit."""
+    return "–" if count is None else f"{count / unit:,.0f}" if count >= 100 * unit else f"{count / unit:.3g}"
 
 
 def _notes(entries: Sequence[Entry]) -> list[str]:
@@ -313,14 +416,15 @@ def _csv(entries: Sequence[Entry]) -> str:
         measured = {
             f"{split}_{key}": value
             for split, of in (("val", e.evaluation.val), ("holdout", e.evaluation.holdout))
-            for key, value in of.model_dump(exclude={"per_class"}).items()
+            for key, value in of.model_dump(exclude={"per_class", "reliability"}).items()
         }
         rows.append(
             {
                 "entry": e.name,
                 **measured,
                 **_difference(e),
-                **e.evaluation.training.model_dump(),
+                "agreement": e.agreement,
+                **{("training_macs" if k == "macs" else k): v for k, v in e.evaluation.training.model_dump().items()},
                 **e.evaluation.model.model_dump(),
             }
         )
@@ -334,7 +438,15 @@ def _csv(entries: Sequence[Entry]) -> str:
 def _json(params: Compare, entries: Sequence[Entry]) -> dict[str, Any]:
     return {
         **params.model_dump(),
-        "entries": {e.name: {**e.evaluation.model_dump(), **_difference(e), "history": e.history} for e in entries},
+        "entries": {
+            e.name: {
+                **{part: value for part, value in e.evaluation.model_dump(mode="json").items() if value is not None},
+                **_difference(e),
+                "agreement": e.agreement,
+                "history": e.history,
+            }
+            for e in entries
+        },
     }
 
 
@@ -369,6 +481,10 @@ def _html(params: Compare, entries: Sequence[Entry], notes: Sequence[str], data:
     """One page without outside references, except a link to the gallery that `dedup` drew, if it did."""
     gallery = _gallery(data)
     steps = _steps(entries, data)
+    best = _best(entries, params.baseline)
+    shown = best or next(e for e in entries if e.name == params.baseline)
+    told = [e for e in entries if e.evaluation.val.reliability and e.name in (shown.name, params.baseline)]
+    with_exits = [e for e in entries if e.evaluation.exits]
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return template.from_string(TEMPLATE.read_text()).render(
         params=params,
@@ -377,7 +493,15 @@ def _html(params: Compare, entries: Sequence[Entry], notes: Sequence[str], data:
         notes=notes,
         mark=lambda e: _mark(e, notes),
         caution=_caution(entries),
-        best=_best(entries, params.baseline),
+        best=best,
+        shown=shown,
+        reliability=_svg(_draw_reliability, told) if told else None,
+        confusion=_confusion(shown),
+        with_exits=with_exits,
+        exits=_svg(_draw_exits, with_exits) if with_exits else None,
+        scaled=_scaled,
+        corrupted=[e for e in entries if e.evaluation.corruptions],
+        mean=lambda shares: sum(shares) / len(shares),
         percent=percent,
         points=points,
         counts=_counts(steps),
@@ -482,6 +606,31 @@ def _heat(entries: Sequence[Entry]) -> list[tuple[str, list[tuple[float, float]]
     ]
 
 
+class Confusion(NamedTuple):
+    """`matrix`: a row per class with the share of its images that was named as each, 0..1 (empty where classes are many);
+    `mistakes`: (class, named, images), the most frequent first."""
+
+    matrix: list[tuple[str, list[float]]]
+    mistakes: list[tuple[str, str, int]]
+
+
+def _confusion(entry: Entry) -> Confusion:
+    names = list(entry.evaluation.val.per_class)
+    present = np.unique(entry.labels)  # a class without validation images has no accuracy, and no name there
+    of = dict(zip(present.tolist(), names, strict=True))
+    counts = np.zeros((len(names), len(names)), int)
+    seen = np.isin(entry.predicted, present)
+    np.add.at(counts, (np.searchsorted(present, entry.labels[seen]), np.searchsorted(present, entry.predicted[seen])), 1)
+    wrong = np.where(np.eye(len(names), dtype=bool), 0, counts)
+    pairs = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
+    mistakes = [
+        (of[present[i]], of[present[j]], int(wrong[i, j])) for i, j in zip(*np.unravel_index(pairs, wrong.shape), strict=True)
+    ]
+    shares = counts / np.maximum(1, np.bincount(np.searchsorted(present, entry.labels), minlength=len(names)))[:, None]
+    matrix = list(zip(names, shares.tolist(), strict=True)) if len(names) <= MATRIX_CLASSES else []
+    return Confusion(matrix, [m for m in mistakes if m[2]])
+
+
 # Plots: colours that stand for the page's own, so that they follow its dark mode
 
 INK, LINE, ACCENT, QUIET = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
@@ -557,6 +706,42 @@ def _draw_curves(entries: Sequence[Entry]) -> Figure:
     axes.set_ylabel("holdout top-1 accuracy, %")
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def _draw_reliability(entries: Sequence[Entry]) -> Figure:
+    figure = Figure(figsize=(WIDTH, 3.4))
+    axes = figure.subplots()
+    axes.grid()
+    axes.plot([0, 100], [0, 100], color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
+    for i, e in enumerate(entries):
+        bins = np.array([b for b in e.evaluation.val.reliability if b[0]])  # bins, (count, confidence, accuracy)
+        label = f"{e.name} (ECE {percent(e.evaluation.val.ece)} %)"
+        axes.plot(*(100 * bins[:, 1:].T), color=HUES[i % len(HUES)], linewidth=1, label=label)
+        axes.scatter(*(100 * bins[:, 1:].T), s=4 + 120 * bins[:, 0] / bins[:, 0].sum(), color=HUES[i % len(HUES)])
+    axes.set_xlabel("confidence, %")
+    axes.set_ylabel("accuracy, %")
+    axes.tick_params(axis="both", length=0)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _draw_exits(entries: Sequence[Entry]) -> Figure:
+    figure = Figure(figsize=(WIDTH, 3.4))
+    axes = figure.subplots()
+    axes.grid()
+    for i, e in enumerate(entries):
+        exits, colour = e.evaluation.exits, HUES[i % len(HUES)]
+        assert exits is not None
+        curve = [(p.macs / 1e6, 100 * p.val_top1) for p in exits.curve]
+        axes.plot(*zip(*curve, strict=True), color=colour, linewidth=1.5, label=e.name)
+        for way in exits.rows:
+            marker = {"ensemble": "s", "early": "D"}.get(way.exit, "o")
+            axes.plot([way.macs / 1e6], [100 * way.val_top1], color=colour, marker=marker, markersize=6)
+    axes.set_xlabel("compute of a prediction, 10^6 multiply-accumulates")
+    axes.set_ylabel("val top-1 accuracy, %")
+    axes.tick_params(axis="both", length=0)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

@@ -24,21 +24,20 @@ LABELS = "labels"
 class SelfDistil(Section):
     """`init`, `teacher` and `images` are read by dvc.yaml: what to start from, whom to learn from, which images to learn on.
 
-    `teacher: labels` is the paper's method, on labelled `images` (`prepare/train`). With a model directory as the teacher the
-    exits learn its soft labels by `loss` instead, on `images` and, where `labelled` is set, the labelled ones with their labels
-    unread: a student of SSLD that also teaches itself.
+    `teacher: labels` is the paper's method, on labelled `images` (`dedup/train`). With a model directory or cached labels as the
+    teacher (see `distil`) the exits learn its soft labels by `loss` instead, on `images` and, where `labelled` is set, on the
+    labelled ones with their labels unread: a student of SSLD that also teaches itself.
 
     `alpha` weighs the deepest exit's probabilities at `temperature` against the labels, `lambda` its features; both apply to the
-    exits before it. The paper gives no values; published code has alpha 0.1 and 0.3, temperature 3, and lambda 1e-6 on pooled
-    features summed over a batch of 128 (here, where a batch is averaged, 1.28e-4). `alpha: 0` with `lambda: 0` is deep
-    supervision, the control.
+    exits before it. Published code has alpha 0.1 and 0.3, temperature 3, and lambda 1e-6 on pooled features summed over a batch
+    of 128 (1.28e-4 where a batch is averaged, as here). `alpha: 0` with `lambda: 0` is deep supervision, the control.
     """
 
     init: str
     teacher: str
     images: str
     model: network.Network | None = None
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.3
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
     lambda_: NonNegativeFloat = Field(1e-4, alias="lambda")
     temperature: Annotated[float, Field(gt=0)] = 3.0
     labelled: bool = True
@@ -71,30 +70,35 @@ def run(
     Every stage that takes a model directory sees its deepest exit, an ordinary classifier, unless it names another.
     Raises TrainingError, CheckpointError, ModelError, ExitError; ManifestError if labels are needed and there are none.
     """
-    labelled, held_out, given_images = manifest.read(train), manifest.read(holdout), manifest.read(chosen)
-    taught = teacher.name != LABELS
+    labelled, held_out, unlabelled = manifest.read(train), manifest.read(holdout), manifest.read(chosen)
     only_labelled = artifact.identity(chosen) == artifact.identity(train)
-    seen = manifest.concat([given_images, labelled]) if taught and params.labelled and not only_labelled else given_images
+    from_labels = teacher.name == LABELS
+    seen = unlabelled
+    if params.labelled and not only_labelled and not from_labels:
+        seen = manifest.concat([unlabelled, labelled])
     on = device.pick(machine)
     student, description = network.start_exits(params.model, init, labelled.classes, seed)
     on.place(student)
     given = images.Input.model_validate(description.input)
     cores = machine.cores(machine.workers)
-    if taught:
-        expert = read(teacher, labelled.classes, seen, on)
-        side, size, networks = max(given.side, expert.side), max(given.size, expert.size), expert.networks
-        views, origin = expert.viewer(size, params.view, seed), expert.training
-    else:
+    side, size, views = given.side, given.size, images.viewer(given.size, params.view or View(), seed)
+    frozen: list[tuple[nn.Module, int]] = []
+    if from_labels:
         labels = torch.from_numpy(seen.labels())
-        side, size, networks = given.side, given.size, []
-        views, origin = images.viewer(size, params.view or View(), seed), {"labelled": len(labelled) + len(held_out)}
+        smoothing = params.training.smoothing
+        origin = {"labelled": len(labelled) + len(held_out)}
 
-    def target(batch: Batch) -> Target:
-        if taught:
-            t = expert.logits(batch)  # B, C
+        def target(batch: Batch) -> Target:
+            y = labels[batch.rows].to(on.device)  # B
+            return lambda s: F.cross_entropy(s.float(), y, label_smoothing=smoothing)
+    else:
+        taught_by = read(teacher, labelled.classes, seen, on)
+        side, size = max(side, taught_by.side), max(size, taught_by.size)
+        views, frozen, origin = taught_by.viewer(size, params.view, seed), taught_by.networks, taught_by.training
+
+        def target(batch: Batch) -> Target:
+            t = taught_by.logits(batch)  # B, C
             return lambda s: params.loss(s, t)
-        y = labels[batch.rows].to(on.device)  # B
-        return lambda s: F.cross_entropy(s.float(), y, label_smoothing=params.training.smoothing)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         found = model(images.normalise(batch.views, given))
@@ -119,9 +123,9 @@ def run(
         params.training.steps,
         params.training.batch,
         origin.get("labelled", 0),
-        0 if only_labelled or not taught else len(given_images),
+        0 if only_labelled or from_labels else len(unlabelled),
         params.note or origin.get("note"),
-        macs=models.macs_of_training(model, given.size, *networks),
+        macs=models.macs_of_training(model, given.size, *frozen),
     )
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)
