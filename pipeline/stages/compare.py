@@ -499,6 +499,7 @@ def _html(params: Compare, entries: Sequence[Entry], notes: Sequence[str], data:
         confusion=_confusion(shown),
         with_exits=with_exits,
         exits=_svg(_draw_exits, with_exits) if with_exits else None,
+        speed=next((e.evaluation.speed for e in with_exits if e.evaluation.speed), None),
         scaled=_scaled,
         corrupted=[e for e in entries if e.evaluation.corruptions],
         mean=lambda shares: sum(shares) / len(shares),
