@@ -97,7 +97,7 @@ class Cut(nn.Module):
 class Stacked(nn.Module):
     """The first `last` exits (null: all) as inference wants them: (B, 3, S, S) -> (B, exits, classes) logits."""
 
-    def __init__(self, whole: Exits, last: int | None = None) -> None:
+    def __init__(self, whole: nn.Module, last: int | None = None) -> None:
         super().__init__()
         self.whole, self.last = whole, last
 

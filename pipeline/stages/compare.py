@@ -252,7 +252,9 @@ def _entry(name: str, folder: Path) -> Entry:
     return Entry(
         name,
         Evaluation.model_validate_json((folder / "evaluation.json").read_text()),
-        *(predictions[column].to_numpy() for column in ("id", "label", "predicted")),
+        predictions["id"].to_numpy(),
+        predictions["label"].to_numpy(),
+        predictions["predicted"].to_numpy(),
         json.loads((folder / "history.json").read_text()),
         artifact.record(folder).get("lineage", {}),
     )
@@ -716,10 +718,10 @@ def _draw_reliability(entries: Sequence[Entry]) -> Figure:
     axes.grid()
     axes.plot([0, 100], [0, 100], color=QUIET, linewidth=1, linestyle=(0, (3, 3)))
     for i, e in enumerate(entries):
-        bins = np.array([b for b in e.evaluation.val.reliability if b[0]])  # bins, (count, confidence, accuracy)
-        label = f"{e.name} (ECE {percent(e.evaluation.val.ece)} %)"
-        axes.plot(*(100 * bins[:, 1:].T), color=HUES[i % len(HUES)], linewidth=1, label=label)
-        axes.scatter(*(100 * bins[:, 1:].T), s=4 + 120 * bins[:, 0] / bins[:, 0].sum(), color=HUES[i % len(HUES)])
+        count, confidence, accuracy = np.array([b for b in e.evaluation.val.reliability if b[0]]).T
+        colour, label = HUES[i % len(HUES)], f"{e.name} (ECE {percent(e.evaluation.val.ece)} %)"
+        axes.plot(100 * confidence, 100 * accuracy, color=colour, linewidth=1, label=label)
+        axes.scatter(100 * confidence, 100 * accuracy, s=4 + 120 * count / count.sum(), color=colour)
     axes.set_xlabel("confidence, %")
     axes.set_ylabel("accuracy, %")
     axes.tick_params(axis="both", length=0)

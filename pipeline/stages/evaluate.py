@@ -124,7 +124,7 @@ def run(
         metrics |= {f"{name}_corrupted_top1": float(np.mean(list(shares.values()))) for name, shares in harmed.items()}
     if params.timing:
         speeds = images_per_second({name: on.place(m) for name, m in timed.items()}, pixels["val"], given, on)
-        journal.log(**{f"images_per_second_{name}": speed for name, speed in speeds.items()})
+        journal.log(None, **{f"images_per_second_{name}": speed for name, speed in speeds.items()})
         how = {"device": str(on.device), "dtype": str(on.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
         evaluation["speed"] = {**how, "batch": predict.BATCH, "images_per_second": speeds}
     with artifact.writing(out) as tmp:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ def run(
     if from_labels:
         labels = torch.from_numpy(seen.labels())
         smoothing = params.training.smoothing
-        origin = {"labelled": len(labelled) + len(held_out)}
+        origin: dict[str, Any] = {"labelled": len(labelled) + len(held_out)}
 
         def target(batch: Batch) -> Target:
             y = labels[batch.rows].to(on.device)  # B
