@@ -46,13 +46,16 @@ PARAMS: dict[str, Any] = {
         "spread": {**STUDENT, "teacher": "teach/few", "images": "dedup/pool", "loss": {"name": "soft_ce", "temperature": 0.1}},
         "finetune": {"init": "distil/ssld", "teacher": "teach/teacher", "images": "dedup/train", "training": TRAINING},
     },
-    "self_distil": {},
+    "self_distil": {
+        "byot": {"init": "scratch", "model": SMALL, "teacher": "labels", "images": "dedup/train", "training": TRAINING},
+    },
     "evaluate": {
         "baseline": {"model": "teach/teacher"},
         "ssld": {"model": "distil/ssld"},
         "few": {"model": "teach/few"},
         "spread": {"model": "distil/spread"},
         "finetune": {"model": "distil/finetune"},
+        "byot": {"model": "self_distil/byot"},
     },
     "export": {"student": {"model": "distil/finetune", "evaluation": "evaluate/finetune"}},
     "compare": {"title": "tiny", "baseline": "baseline"},
@@ -98,7 +101,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     return house
 
 
-EVALUATED = ["evaluate@baseline", "evaluate@ssld", "evaluate@few", "evaluate@spread", "evaluate@finetune"]
+EVALUATED = ["evaluate@baseline", "evaluate@ssld", "evaluate@few", "evaluate@spread", "evaluate@finetune", "evaluate@byot"]
 SIMCLR = {"pretrain@base", "teach@few", "distil@spread"}
 ALL = {
     "draw@scenes",
@@ -109,6 +112,7 @@ ALL = {
     "select@top",
     "distil@ssld",
     "distil@finetune",
+    "self_distil@byot",
 } | SIMCLR
 
 
@@ -116,7 +120,8 @@ def test_every_stage_runs_once_and_leaves_whole_artifacts(house: House) -> None:
     assert sorted(house.ran) == sorted([*ALL, *EVALUATED, "export@student", "compare"])  # type: ignore[attr-defined]
     for checksums in (house.folder / "data").rglob(artifact.CHECKSUMS):
         artifact.verify(checksums.parent)
-    assert "ssld" in (house.folder / "data/compare/results/table.md").read_text()
+    table = (house.folder / "data/compare/results/table.md").read_text()
+    assert all(f"| {entry} " in table for entry in ("ssld", "spread", "byot"))  # the three papers side by side
     assert "<html" in (house.folder / "data/compare/results/report.html").read_text()
 
 
