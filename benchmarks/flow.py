@@ -146,6 +146,15 @@ def fixed(pairs: int) -> None:
         print(f"a run of the flow with 12 stages, all cached: {statistics.median(cached):.1f} s")
 
 
+def processes() -> list[str]:
+    """The folder and the command line of every process that may be looked at."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found.append(f"{(process / 'cwd').readlink()} {(process / 'cmdline').read_text()}")
+    return found
+
+
 def killed(steps: int | None) -> None:
     with tempfile.TemporaryDirectory() as tmp, server(Path(tmp)) as env:
         whole, broken = clone(Path(tmp, "whole"), steps), clone(Path(tmp, "broken"), steps)
@@ -164,8 +173,7 @@ def killed(steps: int | None) -> None:
         flow.kill()
         flow.wait()
         time.sleep(1)
-        left = [p for p in Path("/proc").glob("[0-9]*") if (p / "cwd").exists() and (p / "cwd").resolve() == broken]
-        left = [p for p in left if "pipeline.stages" in (p / "cmdline").read_text()]
+        left = [line for line in processes() if str(broken) in line and "pipeline.stages" in line]
         timed([sys.executable, "-c", FLOW], broken, **env)
         same = artifacts(whole) == artifacts(broken)
         verdict = "the same as" if same else "OTHERS THAN"
