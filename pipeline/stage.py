@@ -50,7 +50,7 @@ def main(run: Callable[..., Metrics], parallel: bool = False) -> None:
     """
     _die_with_dvc()
     try:
-        _main(run, sys.argv[1:], parallel)
+        _main(_importable(run), sys.argv[1:], parallel)
     except UserError as error:
         _stop(str(error), WRONG_INPUT)
     except OSError as error:
@@ -123,6 +123,15 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool) -> None:
         if first:
             shutil.rmtree(SCRATCH / name, ignore_errors=True)
             _say(name, metrics, time.monotonic() - start)
+
+
+def _importable(run: Callable[..., Metrics]) -> Callable[..., Metrics]:
+    """The `run` of `pipeline.stages.x` where `python -m` calls that module __main__: other processes know it by its name only."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None or run.__module__ != "__main__":
+        return run
+    found: Callable[..., Metrics] = getattr(importlib.import_module(spec.name), run.__name__)
+    return found
 
 
 def is_out(name: str) -> bool:

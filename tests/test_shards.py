@@ -12,7 +12,9 @@ import pytest
 from pipeline import artifact, shards
 from pipeline.errors import UserError
 from pipeline.params import Machine
+from pipeline.stages import label, pack, score
 from tests.test_dedup import bench, bytes_of
+from tests.test_training_stages import MACHINE, prepared, taught
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dask's own warnings
 
@@ -121,3 +123,23 @@ def test_dedup_on_a_cluster_makes_the_same_bytes(tmp_path: Path, cluster: str, m
     work.scratch = tmp_path / "again"
     work.run(machine=Machine(executor=cluster))
     assert bytes_of(tmp_path / "out") == here
+
+
+def test_score_label_and_pack_give_the_same_bytes_on_a_cluster(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    data = prepared(tmp_path)
+    teacher = taught(data, tmp_path / "teacher")
+    scoring, labelling = score.Score(teacher="-", m=2), label.Label(teacher="-", images="-", views=2)
+    packing = pack.Pack(images="-", side=12)
+    for name, machine in (("here", MACHINE), ("there", MACHINE.model_copy(update={"executor": cluster}))):
+        made = tmp_path / name
+        labelled = {"train": data / "train", "teacher": teacher}
+        score.run(scoring, pool=data / "pool", **labelled, out=made / "score", scratch=made / "s1", machine=machine)
+        label.run(labelling, chosen=data / "pool", **labelled, out=made / "label", seed=0, scratch=made / "s2", machine=machine)
+        monkeypatch.chdir(made)
+        outs = {"out": Path("pack"), "shards_out": Path("shards")}
+        pack.run(packing, chosen=data / "pool", **outs, scratch=made / "s3", machine=machine)
+    for out in ("score", "label", "pack", "shards"):
+        assert artifact.identity(tmp_path / "here" / out) == artifact.identity(tmp_path / "there" / out), out

@@ -29,7 +29,11 @@ SCRATCH = Path(__file__).parent.parent / "data" / "scratch"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
+    return prepared(tmp_path_factory.mktemp("data"))
+
+
+def prepared(root: Path) -> Path:
+    """Manifests of tiny images below `root`."""
     folder_of(root / "labelled", jpegs({"ant": 8, "bee": 8, "cat": 8}, 16))
     folder_of(root / "val", jpegs({"ant": 3, "bee": 3, "cat": 3}, 16, seed=1))
     folder_of(root / "pool", jpegs({"x": 20}, 20, seed=2))
@@ -211,7 +215,7 @@ def test_scores_do_not_depend_on_shards_or_on_a_kill(data: Path, tmp_path: Path,
     whole = pq.read_table(scored(data, teacher, tmp_path / "a" / "out") / "scores.parquet")
     monkeypatch.setattr(predict, "BATCH", 4)
     monkeypatch.setattr(score, "SHARD", 8)
-    shards, calls = score._shard, []
+    shards, calls = score._scores, []
 
     def dies(*args: Any) -> Any:
         calls.append(1)
@@ -219,7 +223,7 @@ def test_scores_do_not_depend_on_shards_or_on_a_kill(data: Path, tmp_path: Path,
             raise KeyboardInterrupt
         return shards(*args)
 
-    monkeypatch.setattr(score, "_shard", dies)
+    monkeypatch.setattr(score, "_scores", dies)
     with pytest.raises(KeyboardInterrupt):
         scored(data, teacher, tmp_path / "b" / "out")
     assert not (tmp_path / "b" / "out").exists()

@@ -1,7 +1,10 @@
 """Keep what a teacher says about a few views of each image, so that students train without it (as TinyViT, Wu et al. 2022)."""
 
+import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +13,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from pipeline import artifact, device, images, manifest, predict, progress, stage
+from pipeline import artifact, device, images, manifest, predict, progress, shards, stage
 from pipeline.errors import UserError
 from pipeline.fit import Batch
 from pipeline.images import View
@@ -56,20 +59,16 @@ def run(
     labelled, given = manifest.read(train), manifest.read(chosen)
     only_labelled = artifact.identity(chosen) == artifact.identity(train)
     seen = manifest.concat([given, labelled]) if params.labelled and not only_labelled else given
-    on = device.pick(machine)
-    expert = Online(teacher, labelled.classes, on)
-    pixels = images.OnDisk(seen, expert.side, machine.cores(machine.workers))
-    m = min(params.m, len(labelled.classes))
-    shards = []
-    with progress.bar(len(seen) * params.views, "views", "labelling") as shown:
-        for first in range(0, len(seen), SHARD):
-            rows = np.arange(first, min(first + SHARD, len(seen)))
-            shards.append(scratch / f"{first:012}")
-            if not shards[-1].exists():
-                table = columns(_logits(expert, pixels, rows, params, seed), m)
-                with artifact.writing(shards[-1]) as tmp:
-                    pq.write_table(pa.table({"id": seen.table["id"].slice(first, len(rows)), **table}), tmp / FILE)
-            shown.update(len(rows) * params.views)
+    sources = (chosen, train) if len(seen) > len(given) else (chosen,)
+    identities = tuple(artifact.identity(path) for path in (*sources, teacher))
+    labelling = Labelling(sources, teacher, identities, labelled.classes, params, seed, machine)
+    expert, pixels, _ = labelling.opened()
+    parts = [Shard(scratch, first, min(first + SHARD, len(seen))) for first in range(0, len(seen), SHARD)]
+    missing = [part for part in parts if not part.folder.exists()]
+    left = sum(part.last - part.first for part in missing)
+    with progress.bar(len(seen) * params.views, "views", "labelling", (len(seen) - left) * params.views) as shown:
+        for count in shards.done(labelling, missing, 1, machine.executor):
+            shown.update(count * params.views)
     facts = {
         "classes": labelled.classes,
         "views": params.views,
@@ -80,12 +79,57 @@ def run(
         "training": expert.training,
     }
     with artifact.writing(out) as tmp:
-        schema = pq.read_schema(shards[0] / FILE).with_metadata({"facts": json.dumps(facts)})
+        schema = pq.read_schema(parts[0].folder / FILE).with_metadata({"facts": json.dumps(facts)})
         with pq.ParquetWriter(tmp / FILE, schema, compression="zstd") as writer:
-            for shard in shards:
-                writer.write_table(pq.read_table(artifact.verify(shard) / FILE).replace_schema_metadata(schema.metadata))
-    gap = _check(expert, Cached(out, labelled.classes, seen, on, "eval"), pixels, params, seed)
+            for part in parts:
+                writer.write_table(pq.read_table(artifact.verify(part.folder) / FILE).replace_schema_metadata(schema.metadata))
+    gap = _check(expert, Cached(out, labelled.classes, seen, expert.on, "eval"), pixels, params, seed)
     return {"images": len(seen), "views": params.views, "largest_gap": gap}
+
+
+class Shard(NamedTuple):
+    """The images `first` to `last` - 1, whose labels lie in a folder of `scratch` when they are done."""
+
+    scratch: Path
+    first: int
+    last: int
+
+    @property
+    def folder(self) -> Path:
+        return self.scratch / f"{self.first:012}"
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What a process needs to label a shard. The identities tell a worker that outlives a run what it has loaded already."""
+
+    sources: tuple[Path, ...]
+    teacher: Path
+    identities: tuple[str, ...]
+    classes: tuple[str, ...]
+    params: Label
+    seed: int
+    machine: Machine
+
+    def opened(self) -> tuple[Online, images.Pixels, manifest.Manifest]:
+        return _opened(self)
+
+    def __call__(self, shard: Shard) -> int:
+        """Write the labels of a shard; returns the number of its images."""
+        expert, pixels, seen = self.opened()
+        rows = np.arange(shard.first, shard.last)
+        found = columns(_logits(expert, pixels, rows, self.params, self.seed), min(self.params.m, len(self.classes)))
+        with artifact.writing(shard.folder) as tmp:
+            pq.write_table(pa.table({"id": seen.table["id"].slice(shard.first, len(rows)), **found}), tmp / FILE)
+        return len(rows)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(labelling: Labelling) -> tuple[Online, images.Pixels, manifest.Manifest]:
+    read = [manifest.read(folder) for folder in labelling.sources]
+    seen = manifest.concat(read) if len(read) > 1 else read[0]
+    expert = Online(labelling.teacher, labelling.classes, device.pick(labelling.machine))
+    return expert, images.OnDisk(seen, expert.side, labelling.machine.cores(labelling.machine.workers)), seen
 
 
 def _logits(expert: Online, pixels: images.Pixels, rows: np.ndarray, params: Label, seed: int) -> list[Tensor]:

@@ -1,10 +1,12 @@
 """Images resized once and packed in tars, so that a long training decodes small ones."""
 
+import functools
 import os
 import shutil
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
-from pipeline import artifact, manifest, progress, stage
+from pipeline import artifact, manifest, progress, shards, stage
 from pipeline.decode import ImageRefused, decode
 from pipeline.manifest import Manifest
 from pipeline.params import Machine, Section
@@ -46,19 +48,14 @@ def run(params: Pack, *, chosen: Path, out: Path, shards_out: Path, scratch: Pat
     cannot be read any more.
     """
     listed = manifest.read(chosen)
-    folders = []
-    with (
-        ThreadPoolExecutor(machine.cores(machine.workers)) as threads,
-        progress.bar(len(listed), "images", "packing") as shown,
-    ):
-        for first in range(0, len(listed), SHARD):
-            rows = np.arange(first, min(first + SHARD, len(listed)))
-            folders.append(scratch / f"{first:012}")
-            if not folders[-1].exists():
-                with artifact.writing(folders[-1]) as tmp:
-                    packed = _packed(listed, rows, params, threads)
-                    pq.write_table(_shard(listed, rows, packed, tmp, shards_out / folders[-1].name), tmp / ROWS)
-            shown.update(len(rows))
+    packing = Packing(chosen, artifact.identity(chosen), scratch, shards_out, params, machine)
+    starts = range(0, len(listed), SHARD)
+    folders = [packing.folder(first) for first in starts]
+    missing = [first for first, folder in zip(starts, folders, strict=True) if not folder.exists()]
+    left = sum(min(SHARD, len(listed) - first) for first in missing)
+    with progress.bar(len(listed), "images", "packing", len(listed) - left) as shown:
+        for count in shards.done(packing, missing, 1, machine.executor):
+            shown.update(count)
     tables = [pq.read_table(artifact.verify(folder) / ROWS) for folder in folders]
     with artifact.writing(shards_out) as to, artifact.writing(out) as tmp:
         for folder in folders:
@@ -69,6 +66,37 @@ def run(params: Pack, *, chosen: Path, out: Path, shards_out: Path, scratch: Pat
         manifest.write(tmp, table, listed.classes)
     before, after = (int(np.sum(part["size"].to_numpy())) for part in (listed.table, table))
     return {"images": len(listed), "bytes_before": before, "bytes_after": after}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a process needs to pack a shard, which is known by its first row. Threads decode and encode: both release the GIL."""
+
+    chosen: Path
+    identity: str
+    scratch: Path
+    final: Path
+    params: Pack
+    machine: Machine
+
+    def folder(self, first: int) -> Path:
+        return self.scratch / f"{first:012}"
+
+    def __call__(self, first: int) -> int:
+        """Write the tars and the rows of a shard; returns the number of its images."""
+        listed = _listed(self.chosen, self.identity)
+        rows = np.arange(first, min(first + SHARD, len(listed)))
+        folder = self.folder(first)
+        with ThreadPoolExecutor(self.machine.cores(self.machine.workers)) as threads, artifact.writing(folder) as tmp:
+            packed = _packed(listed, rows, self.params, threads)
+            pq.write_table(_shard(listed, rows, packed, tmp, self.final / folder.name), tmp / ROWS)
+        return len(rows)
+
+
+@functools.lru_cache(maxsize=1)
+def _listed(chosen: Path, identity: str) -> Manifest:
+    """The manifest, once in a process; `identity` tells a worker that outlives a run whether it is still that one."""
+    return manifest.read(chosen)
 
 
 def _packed(listed: Manifest, rows: np.ndarray, params: Pack, threads: ThreadPoolExecutor) -> Iterator[tuple[bytes, int, int]]:

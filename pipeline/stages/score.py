@@ -1,7 +1,10 @@
 """Let a teacher look at every image of the pool: its m best classes, with float32 logits."""
 
+import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +13,11 @@ import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from pipeline import artifact, device, images, manifest, network, predict, progress, stage
+from pipeline import artifact, device, images, manifest, network, predict, progress, shards, stage
 from pipeline.errors import UserError
 from pipeline.params import Machine, Section
 
+FILE = "scores.parquet"
 SHARD = 64 * predict.BATCH  # images; a killed run loses at most one shard
 
 
@@ -36,33 +40,73 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, scr
         raise UserError(
             f"{pool} holds no image: there is nothing to score. Look into data/prepare/quarantine and data/dedup/leaks."
         )
-    on = device.pick(machine)
-    model, _, given = network.load(teacher, classes)
-    model = on.place(predict.folded(model))
-    pixels = images.OnDisk(unlabelled, given.side, machine.cores(machine.workers))
-    shards = []
-    with progress.bar(len(unlabelled), "images", "scoring") as shown:
-        for first in range(0, len(unlabelled), SHARD):
-            rows = np.arange(first, min(first + SHARD, len(unlabelled)))
-            shards.append(scratch / f"{first:012}")
-            if not shards[-1].exists():
-                table = _shard(model, pixels, given, on, rows, min(params.m, len(classes)))
-                with artifact.writing(shards[-1]) as tmp:
-                    pq.write_table(table, tmp / "scores.parquet")
-            shown.update(len(rows))
+    scoring = Scoring(pool, artifact.identity(pool), teacher, artifact.identity(teacher), classes, params.m, machine)
+    scoring.opened()  # a teacher that does not fit is found here, not by a worker
+    parts = [Shard(scratch, first, min(first + SHARD, len(unlabelled))) for first in range(0, len(unlabelled), SHARD)]
+    missing = [part for part in parts if not part.folder.exists()]
+    left = sum(part.last - part.first for part in missing)
+    with progress.bar(len(unlabelled), "images", "scoring", len(unlabelled) - left) as shown:
+        for count in shards.done(scoring, missing, 1, machine.executor):
+            shown.update(count)
     facts = {"classes": json.dumps(classes), "manifest": artifact.identity(pool)}
     sure = 0.0
     with artifact.writing(out) as tmp:
-        schema = pq.read_schema(shards[0] / "scores.parquet").with_metadata(facts)
-        with pq.ParquetWriter(tmp / "scores.parquet", schema, compression="zstd") as writer:
-            for shard in shards:
-                table = pq.read_table(artifact.verify(shard) / "scores.parquet")
+        schema = pq.read_schema(parts[0].folder / FILE).with_metadata(facts)
+        with pq.ParquetWriter(tmp / FILE, schema, compression="zstd") as writer:
+            for part in parts:
+                table = pq.read_table(artifact.verify(part.folder) / FILE)
                 sure += float(np.exp(table["logit_0"].to_numpy() - table["logsumexp"].to_numpy()).sum(dtype=np.float64))
                 writer.write_table(table.replace_schema_metadata(facts))
     return {"images": len(unlabelled), "classes": len(classes), "mean_top_probability": sure / len(unlabelled)}
 
 
-def _shard(model: nn.Module, pixels: images.Pixels, given: images.Input, on: device.Device, rows: np.ndarray, m: int) -> pa.Table:
+class Shard(NamedTuple):
+    """The images `first` to `last` - 1 of the pool, whose scores lie in a folder of `scratch` when they are done."""
+
+    scratch: Path
+    first: int
+    last: int
+
+    @property
+    def folder(self) -> Path:
+        return self.scratch / f"{self.first:012}"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a process needs to score a shard. The identities tell a worker that outlives a run what it has loaded already."""
+
+    pool: Path
+    pool_identity: str
+    teacher: Path
+    teacher_identity: str
+    classes: tuple[str, ...]
+    m: int
+    machine: Machine
+
+    def opened(self) -> tuple[nn.Module, images.Pixels, images.Input, device.Device]:
+        return _opened(self)
+
+    def __call__(self, shard: Shard) -> int:
+        """Write the scores of a shard; returns the number of its images."""
+        model, pixels, given, on = self.opened()
+        rows = np.arange(shard.first, shard.last)
+        with artifact.writing(shard.folder) as tmp:
+            pq.write_table(_scores(model, pixels, given, on, rows, min(self.m, len(self.classes))), tmp / FILE)
+        return len(rows)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(scoring: Scoring) -> tuple[nn.Module, images.Pixels, images.Input, device.Device]:
+    on = device.pick(scoring.machine)
+    model, _, given = network.load(scoring.teacher, scoring.classes)
+    pixels = images.OnDisk(manifest.read(scoring.pool), given.side, scoring.machine.cores(scoring.machine.workers))
+    return on.place(predict.folded(model)), pixels, given, on
+
+
+def _scores(
+    model: nn.Module, pixels: images.Pixels, given: images.Input, on: device.Device, rows: np.ndarray, m: int
+) -> pa.Table:
     logits = torch.cat([batch for _, batch in predict.logits(model, pixels, given, on, rows)])
     best, order = logits.sort(dim=1, descending=True, stable=True)  # stable: of equal logits the lower class first
     columns = {f"class_{i}": order[:, i].numpy().astype(np.uint16) for i in range(m)}
