@@ -15,8 +15,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+from pipeline import progress
 from pipeline.errors import UserError
 
 LOCAL, DASK = "local", "dask://"
@@ -26,6 +28,32 @@ LOSSES = 3
 
 S = TypeVar("S")
 R = TypeVar("R")
+
+
+class Rows(NamedTuple):
+    """A shard of images, rows `first` to `last` - 1, whose result is the artifact `folder` once they are done."""
+
+    folder: Path
+    first: int
+    last: int
+
+
+def finished(
+    work: Callable[[Rows], int], count: int, size: int, scratch: Path, executor: str, unit: str, label: str, each: int = 1
+) -> list[Path]:
+    """Do what is missing of `count` rows in shards of `size`; the artifacts of all shards, in order of the rows.
+
+    `work` writes the artifact of a shard and returns the number of its rows, which progress shows as `each` units. On this
+    machine one process does them, which may have a GPU and threads of its own.
+    """
+    starts = range(0, count, size)
+    parts = [Rows(scratch / f"{first:012}", first, min(first + size, count)) for first in starts]
+    missing = [part for part in parts if not part.folder.exists()]
+    left = sum(part.last - part.first for part in missing)
+    with progress.bar(count * each, unit, label, (count - left) * each) as shown:
+        for rows in done(work, missing, 1, executor):
+            shown.update(rows * each)
+    return [part.folder for part in parts]
 
 
 def done(work: Callable[[S], R], shards: Iterable[S], workers: int, executor: str = LOCAL) -> Iterator[R]:

@@ -4,7 +4,6 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from pipeline import artifact, device, images, manifest, predict, progress, shards, stage
+from pipeline import artifact, device, images, manifest, predict, shards, stage
 from pipeline.errors import UserError
 from pipeline.fit import Batch
 from pipeline.images import View
@@ -63,12 +62,7 @@ def run(
     identities = tuple(artifact.identity(path) for path in (*sources, teacher))
     labelling = Labelling(sources, teacher, identities, labelled.classes, params, seed, machine)
     expert, pixels, _ = labelling.opened()
-    parts = [Shard(scratch, first, min(first + SHARD, len(seen))) for first in range(0, len(seen), SHARD)]
-    missing = [part for part in parts if not part.folder.exists()]
-    left = sum(part.last - part.first for part in missing)
-    with progress.bar(len(seen) * params.views, "views", "labelling", (len(seen) - left) * params.views) as shown:
-        for count in shards.done(labelling, missing, 1, machine.executor):
-            shown.update(count * params.views)
+    folders = shards.finished(labelling, len(seen), SHARD, scratch, machine.executor, "views", "labelling", params.views)
     facts = {
         "classes": labelled.classes,
         "views": params.views,
@@ -79,24 +73,12 @@ def run(
         "training": expert.training,
     }
     with artifact.writing(out) as tmp:
-        schema = pq.read_schema(parts[0].folder / FILE).with_metadata({"facts": json.dumps(facts)})
+        schema = pq.read_schema(folders[0] / FILE).with_metadata({"facts": json.dumps(facts)})
         with pq.ParquetWriter(tmp / FILE, schema, compression="zstd") as writer:
-            for part in parts:
-                writer.write_table(pq.read_table(artifact.verify(part.folder) / FILE).replace_schema_metadata(schema.metadata))
+            for folder in folders:
+                writer.write_table(pq.read_table(artifact.verify(folder) / FILE).replace_schema_metadata(schema.metadata))
     gap = _check(expert, Cached(out, labelled.classes, seen, expert.on, "eval"), pixels, params, seed)
     return {"images": len(seen), "views": params.views, "largest_gap": gap}
-
-
-class Shard(NamedTuple):
-    """The images `first` to `last` - 1, whose labels lie in a folder of `scratch` when they are done."""
-
-    scratch: Path
-    first: int
-    last: int
-
-    @property
-    def folder(self) -> Path:
-        return self.scratch / f"{self.first:012}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +96,7 @@ class Labelling:
     def opened(self) -> tuple[Online, images.Pixels, manifest.Manifest]:
         return _opened(self)
 
-    def __call__(self, shard: Shard) -> int:
+    def __call__(self, shard: shards.Rows) -> int:
         """Write the labels of a shard; returns the number of its images."""
         expert, pixels, seen = self.opened()
         rows = np.arange(shard.first, shard.last)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
-from pipeline import artifact, manifest, progress, shards, stage
+from pipeline import artifact, manifest, shards, stage
 from pipeline.decode import ImageRefused, decode
 from pipeline.manifest import Manifest
 from pipeline.params import Machine, Section
@@ -48,14 +48,8 @@ def run(params: Pack, *, chosen: Path, out: Path, shards_out: Path, scratch: Pat
     cannot be read any more.
     """
     listed = manifest.read(chosen)
-    packing = Packing(chosen, artifact.identity(chosen), scratch, shards_out, params, machine)
-    starts = range(0, len(listed), SHARD)
-    folders = [packing.folder(first) for first in starts]
-    missing = [first for first, folder in zip(starts, folders, strict=True) if not folder.exists()]
-    left = sum(min(SHARD, len(listed) - first) for first in missing)
-    with progress.bar(len(listed), "images", "packing", len(listed) - left) as shown:
-        for count in shards.done(packing, missing, 1, machine.executor):
-            shown.update(count)
+    packing = Packing(chosen, artifact.identity(chosen), shards_out, params, machine)
+    folders = shards.finished(packing, len(listed), SHARD, scratch, machine.executor, "images", "packing")
     tables = [pq.read_table(artifact.verify(folder) / ROWS) for folder in folders]
     with artifact.writing(shards_out) as to, artifact.writing(out) as tmp:
         for folder in folders:
@@ -70,26 +64,21 @@ def run(params: Pack, *, chosen: Path, out: Path, shards_out: Path, scratch: Pat
 
 @dataclass(frozen=True)
 class Packing:
-    """What a process needs to pack a shard, which is known by its first row. Threads decode and encode: both release the GIL."""
+    """What a process needs to pack a shard. Threads decode and encode: both release the GIL."""
 
     chosen: Path
     identity: str
-    scratch: Path
     final: Path
     params: Pack
     machine: Machine
 
-    def folder(self, first: int) -> Path:
-        return self.scratch / f"{first:012}"
-
-    def __call__(self, first: int) -> int:
+    def __call__(self, shard: shards.Rows) -> int:
         """Write the tars and the rows of a shard; returns the number of its images."""
         listed = _listed(self.chosen, self.identity)
-        rows = np.arange(first, min(first + SHARD, len(listed)))
-        folder = self.folder(first)
-        with ThreadPoolExecutor(self.machine.cores(self.machine.workers)) as threads, artifact.writing(folder) as tmp:
+        rows = np.arange(shard.first, shard.last)
+        with ThreadPoolExecutor(self.machine.cores(self.machine.workers)) as threads, artifact.writing(shard.folder) as tmp:
             packed = _packed(listed, rows, self.params, threads)
-            pq.write_table(_shard(listed, rows, packed, tmp, self.final / folder.name), tmp / ROWS)
+            pq.write_table(_shard(listed, rows, packed, tmp, self.final / shard.folder.name), tmp / ROWS)
         return len(rows)
 
 

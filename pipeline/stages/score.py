@@ -4,7 +4,6 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,7 @@ import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from pipeline import artifact, device, images, manifest, network, predict, progress, shards, stage
+from pipeline import artifact, device, images, manifest, network, predict, shards, stage
 from pipeline.errors import UserError
 from pipeline.params import Machine, Section
 
@@ -42,34 +41,17 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, scr
         )
     scoring = Scoring(pool, artifact.identity(pool), teacher, artifact.identity(teacher), classes, params.m, machine)
     scoring.opened()  # a teacher that does not fit is found here, not by a worker
-    parts = [Shard(scratch, first, min(first + SHARD, len(unlabelled))) for first in range(0, len(unlabelled), SHARD)]
-    missing = [part for part in parts if not part.folder.exists()]
-    left = sum(part.last - part.first for part in missing)
-    with progress.bar(len(unlabelled), "images", "scoring", len(unlabelled) - left) as shown:
-        for count in shards.done(scoring, missing, 1, machine.executor):
-            shown.update(count)
+    folders = shards.finished(scoring, len(unlabelled), SHARD, scratch, machine.executor, "images", "scoring")
     facts = {"classes": json.dumps(classes), "manifest": artifact.identity(pool)}
     sure = 0.0
     with artifact.writing(out) as tmp:
-        schema = pq.read_schema(parts[0].folder / FILE).with_metadata(facts)
+        schema = pq.read_schema(folders[0] / FILE).with_metadata(facts)
         with pq.ParquetWriter(tmp / FILE, schema, compression="zstd") as writer:
-            for part in parts:
-                table = pq.read_table(artifact.verify(part.folder) / FILE)
+            for folder in folders:
+                table = pq.read_table(artifact.verify(folder) / FILE)
                 sure += float(np.exp(table["logit_0"].to_numpy() - table["logsumexp"].to_numpy()).sum(dtype=np.float64))
                 writer.write_table(table.replace_schema_metadata(facts))
     return {"images": len(unlabelled), "classes": len(classes), "mean_top_probability": sure / len(unlabelled)}
-
-
-class Shard(NamedTuple):
-    """The images `first` to `last` - 1 of the pool, whose scores lie in a folder of `scratch` when they are done."""
-
-    scratch: Path
-    first: int
-    last: int
-
-    @property
-    def folder(self) -> Path:
-        return self.scratch / f"{self.first:012}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +69,7 @@ class Scoring:
     def opened(self) -> tuple[nn.Module, images.Pixels, images.Input, device.Device]:
         return _opened(self)
 
-    def __call__(self, shard: Shard) -> int:
+    def __call__(self, shard: shards.Rows) -> int:
         """Write the scores of a shard; returns the number of its images."""
         model, pixels, given, on = self.opened()
         rows = np.arange(shard.first, shard.last)
