@@ -21,15 +21,8 @@ import yaml
 from pipeline import artifact
 from tests.test_pipeline import PARAMS
 
-NONE: list[str] = []
-KEPT = {
-    "pretrain": NONE,
-    "self_distil": NONE,
-    "export": NONE,
-    "teach": ["teacher"],
-    "distil": ["ssld"],
-    "evaluate": ["baseline", "ssld"],
-}
+DROPPED: dict[str, list[str]] = {"pretrain": [], "self_distil": [], "export": []}
+KEPT = {**DROPPED, "teach": ["teacher"], "distil": ["ssld"], "evaluate": ["baseline", "ssld"]}
 SMALLER = {name: {k: v for k, v in body.items() if k in KEPT[name]} if name in KEPT else body for name, body in PARAMS.items()}
 """One entry of each stage that SSLD needs."""
 

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -14,7 +13,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ FOLDER = Path(".scratch", "journal")
 # MLflow's own use of SQLAlchemy, which it will have to mend itself.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 ROOT = Path(__file__).resolve().parents[1]
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,13 +145,30 @@ def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     return value
 
 
+def forked(work: Callable[[], None]) -> int:
+    """Do it in a fork of this process, which has mlflow loaded; its pid.
+
+    The fork ends at once: what other tests have left for the end of this process is not its business.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def in_a_process(work: Callable[[], None]) -> int:
-    """Do it in a fork of this process, which has mlflow loaded; its exit code."""
-    process = FORK.Process(target=work)
-    process.start()
-    process.join(30)
-    assert process.exitcode is not None
-    return process.exitcode
+    return exit_code(forked(work))
 
 
 def test_a_stage_needs_no_mlflow() -> None:
@@ -545,12 +562,8 @@ def test_six_mirrors_share_a_new_database(project: Path, monkeypatch: pytest.Mon
         send()
         assert not list(FOLDER.glob("*.jsonl"))
 
-    processes = [FORK.Process(target=clone, args=(str(n),)) for n in range(6)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
-    assert [process.exitcode for process in processes] == [0] * 6
+    pids = [forked(partial(clone, str(n))) for n in range(6)]
+    assert [exit_code(pid) for pid in pids] == [0] * 6
     shared = Store(f"sqlite:///{project}/shared.db", "winnow")
     assert {
         run.info.run_name for run in shared.client.search_runs([shared.client.get_experiment_by_name("winnow").experiment_id])
