@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -118,6 +118,22 @@ def concat(parts: Sequence[Manifest]) -> Manifest:
     if again >= 0:
         raise ManifestError(f"the image {table['id'][again]} is in two of the sets that are to be put together.")
     return Manifest(table, classes)
+
+
+class ToLearn(NamedTuple):
+    """`seen`: the images to learn on; `labelled`: the labelled ones; `unlabelled`: how many of `seen` are not among these."""
+
+    seen: Manifest
+    labelled: Manifest
+    unlabelled: int
+
+
+def to_learn(chosen: Path, train: Path, labelled: bool) -> ToLearn:
+    """The images of `chosen`, and those of `train` too if `labelled` says so, unless both are one artifact."""
+    given, known = read(chosen), read(train)
+    if artifact.identity(chosen) == artifact.identity(train):
+        return ToLearn(given, known, 0)
+    return ToLearn(concat([given, known]) if labelled else given, known, len(given))
 
 
 def balanced(images: Manifest, amount: Amount, seed: int) -> Manifest:

@@ -74,9 +74,8 @@ def run(
     No label is read but the held-out ones, for the measurements, and those that `alpha` below 1 adds. Raises TrainingError,
     CheckpointError, ModelError.
     """
-    labelled, held_out, unlabelled = manifest.read(train), manifest.read(holdout), manifest.read(chosen)
-    only_labelled = artifact.identity(chosen) == artifact.identity(train)
-    seen = manifest.concat([unlabelled, labelled]) if params.labelled and not only_labelled else unlabelled
+    seen, labelled, unlabelled = manifest.to_learn(chosen, train, params.labelled)
+    held_out = manifest.read(holdout)
     on = device.pick(machine)
     student, description = network.start(params.model, init, labelled.classes, seed, from_layer=params.from_layer)
     student = on.place(student)
@@ -120,7 +119,7 @@ def run(
         params.training.steps,
         params.training.batch,
         known,
-        0 if only_labelled else len(unlabelled),
+        unlabelled,
         params.note or origin.get("note"),
         macs=models.macs_of_training(model, given.size, *taught_by.networks),
     )

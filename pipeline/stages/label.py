@@ -55,13 +55,9 @@ def run(
     A `distil` entry whose `teacher` is this artifact replays exactly these views. Shards that a killed run has finished are not
     labelled again. Raises CheckpointError; UserError if the check finds another probability than the file holds.
     """
-    labelled, given = manifest.read(train), manifest.read(chosen)
-    only_labelled = artifact.identity(chosen) == artifact.identity(train)
-    seen = manifest.concat([given, labelled]) if params.labelled and not only_labelled else given
-    sources = (chosen, train) if len(seen) > len(given) else (chosen,)
-    identities = tuple(artifact.identity(path) for path in (*sources, teacher))
-    labelling = Labelling(sources, teacher, identities, labelled.classes, params, seed, machine)
-    expert, pixels, _ = labelling.opened()
+    identities = tuple(artifact.identity(path) for path in (chosen, train, teacher))
+    labelling = Labelling(chosen, train, teacher, identities, params, seed, machine)
+    expert, pixels, (seen, labelled, _) = labelling.opened()
     folders = shards.finished(labelling, len(seen), SHARD, scratch, machine.executor, "views", "labelling", params.views)
     facts = {
         "classes": labelled.classes,
@@ -85,33 +81,32 @@ def run(
 class Labelling:
     """What a process needs to label a shard. The identities tell a worker that outlives a run what it has loaded already."""
 
-    sources: tuple[Path, ...]
+    chosen: Path
+    train: Path
     teacher: Path
     identities: tuple[str, ...]
-    classes: tuple[str, ...]
     params: Label
     seed: int
     machine: Machine
 
-    def opened(self) -> tuple[Online, images.Pixels, manifest.Manifest]:
+    def opened(self) -> tuple[Online, images.Pixels, manifest.ToLearn]:
         return _opened(self)
 
     def __call__(self, shard: shards.Rows) -> int:
         """Write the labels of a shard; returns the number of its images."""
-        expert, pixels, seen = self.opened()
+        expert, pixels, (seen, labelled, _) = self.opened()
         rows = np.arange(shard.first, shard.last)
-        found = columns(_logits(expert, pixels, rows, self.params, self.seed), min(self.params.m, len(self.classes)))
+        found = columns(_logits(expert, pixels, rows, self.params, self.seed), min(self.params.m, len(labelled.classes)))
         with artifact.writing(shard.folder) as tmp:
             pq.write_table(pa.table({"id": seen.table["id"].slice(shard.first, len(rows)), **found}), tmp / FILE)
         return len(rows)
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(labelling: Labelling) -> tuple[Online, images.Pixels, manifest.Manifest]:
-    read = [manifest.read(folder) for folder in labelling.sources]
-    seen = manifest.concat(read) if len(read) > 1 else read[0]
-    expert = Online(labelling.teacher, labelling.classes, device.pick(labelling.machine))
-    return expert, images.OnDisk(seen, expert.side, labelling.machine.cores(labelling.machine.workers)), seen
+def _opened(labelling: Labelling) -> tuple[Online, images.Pixels, manifest.ToLearn]:
+    learned = manifest.to_learn(labelling.chosen, labelling.train, labelling.params.labelled)
+    expert = Online(labelling.teacher, learned.labelled.classes, device.pick(labelling.machine))
+    return expert, images.OnDisk(learned.seen, expert.side, labelling.machine.cores(labelling.machine.workers)), learned
 
 
 def _logits(expert: Online, pixels: images.Pixels, rows: np.ndarray, params: Label, seed: int) -> list[Tensor]:

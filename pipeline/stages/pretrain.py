@@ -86,9 +86,8 @@ def run(
     No label trains anything: those of `train` and `holdout` serve the monitor alone, which says ten times in a run how well
     the k nearest neighbours and a linear probe on `train`'s features classify `holdout`. Raises TrainingError, ModelError.
     """
-    labelled, held_out, unlabelled = manifest.read(train), manifest.read(holdout), manifest.read(chosen)
-    only_labelled = artifact.identity(chosen) == artifact.identity(train)
-    seen = manifest.concat([unlabelled, labelled]) if params.labelled and not only_labelled else unlabelled
+    seen, labelled, _ = manifest.to_learn(chosen, train, params.labelled)
+    held_out = manifest.read(holdout)
     on = device.pick(machine)
     given = params.model.input
     torch.manual_seed(seed)

@@ -34,15 +34,15 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, scr
     logit_i - logsumexp is the log-probability; it still tells images apart whose probabilities both round to 1. Shards that a
     killed run has finished are not scored again. Raises CheckpointError if the teacher's classes are not the training set's.
     """
-    unlabelled, classes = manifest.read(pool), manifest.read(train).classes
-    if not len(unlabelled):
+    classes = manifest.read(train).classes
+    scoring = Scoring(pool, artifact.identity(pool), teacher, artifact.identity(teacher), classes, params.m, machine)
+    count = len(scoring.opened()[1])  # a teacher that does not fit is found here, not by a worker
+    if not count:
         raise UserError(
             f"{pool} holds no image: there is nothing to score. Look into data/prepare/quarantine and data/dedup/leaks."
         )
-    scoring = Scoring(pool, artifact.identity(pool), teacher, artifact.identity(teacher), classes, params.m, machine)
-    scoring.opened()  # a teacher that does not fit is found here, not by a worker
-    folders = shards.finished(scoring, len(unlabelled), SHARD, scratch, machine.executor, "images", "scoring")
-    facts = {"classes": json.dumps(classes), "manifest": artifact.identity(pool)}
+    folders = shards.finished(scoring, count, SHARD, scratch, machine.executor, "images", "scoring")
+    facts = {"classes": json.dumps(classes), "manifest": scoring.pool_identity}
     sure = 0.0
     with artifact.writing(out) as tmp:
         schema = pq.read_schema(folders[0] / FILE).with_metadata(facts)
@@ -51,7 +51,7 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, scr
                 table = pq.read_table(artifact.verify(folder) / FILE)
                 sure += float(np.exp(table["logit_0"].to_numpy() - table["logsumexp"].to_numpy()).sum(dtype=np.float64))
                 writer.write_table(table.replace_schema_metadata(facts))
-    return {"images": len(unlabelled), "classes": len(classes), "mean_top_probability": sure / len(unlabelled)}
+    return {"images": count, "classes": len(classes), "mean_top_probability": sure / count}
 
 
 @dataclass(frozen=True)

@@ -70,12 +70,9 @@ def run(
     Every stage that takes a model directory sees its deepest exit, an ordinary classifier, unless it names another.
     Raises TrainingError, CheckpointError, ModelError, ExitError; ManifestError if labels are needed and there are none.
     """
-    labelled, held_out, unlabelled = manifest.read(train), manifest.read(holdout), manifest.read(chosen)
-    only_labelled = artifact.identity(chosen) == artifact.identity(train)
     from_labels = teacher.name == LABELS
-    seen = unlabelled
-    if params.labelled and not only_labelled and not from_labels:
-        seen = manifest.concat([unlabelled, labelled])
+    seen, labelled, unlabelled = manifest.to_learn(chosen, train, params.labelled and not from_labels)
+    held_out = manifest.read(holdout)
     on = device.pick(machine)
     student, description = network.start_exits(params.model, init, labelled.classes, seed)
     on.place(student)
@@ -123,7 +120,7 @@ def run(
         params.training.steps,
         params.training.batch,
         origin.get("labelled", 0),
-        0 if only_labelled or from_labels else len(unlabelled),
+        0 if from_labels else unlabelled,
         params.note or origin.get("note"),
         macs=models.macs_of_training(model, given.size, *frozen),
     )
