@@ -173,6 +173,11 @@ def fit(
     return result, done.history
 
 
+def final(history: Mapping[str, Any]) -> dict[str, float]:
+    """What `check` said of the result, as a stage's metrics: `holdout_top1`, ..."""
+    return {f"holdout_{name}": value for name, value in history["holdout"][-1].items() if name != "step"}
+
+
 @dataclass
 class _Done:
     """How far a run has come: what a checkpoint holds beside tensors."""

@@ -1,5 +1,6 @@
 """From a manifest to tensors: square canvases, in memory or decoded on demand, and the views that models see."""
 
+import copy
 import functools
 import math
 from collections import deque
@@ -209,6 +210,12 @@ class Draws:
         """(B,) int64 in low..high - 1 on the CPU: the next draw of each image."""
         return (self.uniform() * (high - low)).long().clamp_(max=high - low - 1) + low
 
+    def of(self, part: slice) -> "Draws":
+        """The draws to come of some of the images."""
+        found = copy.copy(self)
+        found.key = self.key[part]
+        return found
+
     def beta(self, alpha: float) -> torch.Tensor:
         """(B,) float32 from Beta(alpha, alpha) on the CPU: the next draw of each image."""
         self.drawn += 1
@@ -261,18 +268,19 @@ def augment(batch: torch.Tensor, size: int, view: View, draws: Draws) -> torch.T
 def mixed(views: torch.Tensor, mix: Mix, draws: Draws) -> torch.Tensor:
     """(B, 3, S, S) of 0..255, each view mixed with its neighbour's (0 with 1, 2 with 3, ...); an odd last one stays as it is."""
     n, side, device = len(views) // 2 * 2, views.shape[-1], views.device
-    kept = torch.stack([draws.beta(mix.mixup or 1.0), draws.beta(mix.cutmix or 1.0)])  # 2, B
-    y, x, coin = draws.uniform(0, side), draws.uniform(0, side), draws.uniform()
+    pairs = draws.of(slice(0, n, 2))
+    blended, uncut = (pairs.beta(alpha) if alpha else pairs.uniform() for alpha in (mix.mixup, mix.cutmix))
+    y, x, coin = pairs.uniform(0, side), pairs.uniform(0, side), pairs.uniform()
 
     def of_pairs(values: torch.Tensor) -> torch.Tensor:
-        return values[..., 0:n:2].repeat_interleave(2, -1)[..., None, None, None].to(device)
+        return values.repeat_interleave(2)[:, None, None, None].to(device)
 
     first = views[:n].float()
     partner = first.view(-1, 2, *views.shape[1:]).flip(1).view_as(first)
-    half = side * of_pairs((1 - kept[1]).sqrt()) / 2  # of the edge of the rectangle
+    half = side * of_pairs((1 - uncut).sqrt()) / 2  # of the edge of the rectangle
     at = torch.arange(side, device=device)
     inside = ((at[:, None] + 0.5 - of_pairs(y)).abs() < half) & ((at + 0.5 - of_pairs(x)).abs() < half)
-    share = of_pairs(kept[0])
+    share = of_pairs(blended)
     cut = of_pairs(coin) < 0.5 if mix.mixup and mix.cutmix else torch.tensor(bool(mix.cutmix), device=device)
     out = torch.where(cut, torch.where(inside, partner, first), share * first + (1 - share) * partner)
     return torch.cat([out, views[n:].float()])

@@ -107,10 +107,8 @@ def run(
         scratch=scratch,
         journal=journal,
         label="distilling",
-        check=(
-            check := predict.checker(
-                images.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on
-            )
+        check=predict.checker(
+            images.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on
         ),
         checkpoint_minutes=machine.checkpoint_minutes,
     )
@@ -125,8 +123,8 @@ def run(
     )
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)
-    measured = {f"holdout_{name}": value for name, value in check(model).items()}
-    return {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model), **measured}
+    facts = {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model)}
+    return facts | fit.final(history)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -78,8 +78,9 @@ def run(
     tables = {name: manifest.read(folder) for name, folder in (("holdout", holdout), ("val", val))}
     pixels = {name: images.load(t, given.side, cores, machine.memory_gb, name) for name, t in tables.items()}
     labels = {name: torch.from_numpy(t.labels()) for name, t in tables.items()}
-    costs = [models.macs(exits.Stacked(whole, i + 1), given.size) for i in range(len(whole))] if whole else []
-    stacked = {name: _logits(exits.Stacked(on.place(whole)), p, given, on) for name, p in pixels.items()} if whole else {}
+    every = whole if params.exit in (None, "early") else None  # only these two look at what each exit says
+    costs = [models.macs(exits.Stacked(every, i + 1), given.size) for i in range(len(every))] if every else []
+    stacked = {name: _logits(exits.Stacked(on.place(every)), p, given, on) for name, p in pixels.items()} if every else {}
     macs = None
     if whole and params.exit == "ensemble":
         classifier = exits.Ensemble(whole)

@@ -137,8 +137,8 @@ def run(
     ).trained(params.training.steps, params.training.batch, 0, len(seen), params.note, macs=cost)
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model.projected, description, history)
-    measured = {f"holdout_{name}": value for name, value in check(model).items()}
-    return {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model), **measured}
+    facts = {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model)}
+    return facts | fit.final(history)
 
 
 def _encoder(wanted: network.Network) -> nn.Module:

@@ -126,8 +126,8 @@ def run(
     )
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)
-    measured = {f"holdout_{name}": value for name, value in check(model).items()}
-    return {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model), **measured}
+    facts = {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model)}
+    return facts | fit.final(history)
 
 
 def objective(found: Exited, target: Target, alpha: float, lambda_: float, temperature: float) -> Tensor:

@@ -20,7 +20,7 @@ class Teach(Section):
     `labels`: learn from so few labelled images, a number (50) or a share (0.01) of each class, drawn by the seed; `labels.txt` in
     the model directory names them, and the table counts them alone. `from_layer`: of a model from `pretrain`, after which layer
     of its projection head the classifier stands: 1 in SimCLRv2, 0 (on the encoder) where all labels are there.
-    `labelled`: how many labelled images a model that is brought in has seen, for the table. `note` stands below the table.
+    `note` stands below the table.
     """
 
     init: str
@@ -90,8 +90,9 @@ def run(
         if params.labels is not None:
             (tmp / "labels.txt").write_text("".join(f"{name}\n" for name in labelled.table["id"].to_pylist()))
         checkpoint.save(tmp, model, described, history)
-    measured = {f"holdout_{name}": value for name, value in check(model).items()}
-    return {"steps": steps, "images": len(labelled), "parameters": models.parameters_of(model), **measured}
+    measured = history if params.training else {"holdout": [check(model)]}
+    facts = {"steps": steps, "images": len(labelled), "parameters": models.parameters_of(model)}
+    return facts | fit.final(measured)
 
 
 if __name__ == "__main__":
