@@ -18,7 +18,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"winnow needs Python 3.11 or newer, and this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	@echo "Installing into $(VENV) (about 7 GB with CUDA's libraries; 3 minutes on a fast line)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+# The lock names every package: without --no-deps, pip 23 may resolve `package[extra]` to a release that the lock does not hold.
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
@@ -41,4 +42,4 @@ lock:  ## write requirements.lock anew from pyproject.toml
 	uv pip compile --universal --python-version 3.11 --generate-hashes --extra dev --no-header -o requirements.lock pyproject.toml
 
 clean:  ## remove what runs have made, but not the environment and not DVC's cache
-	rm -rf .scratch data/draw data/prepare data/dedup data/teach data/score data/select data/distil data/self_distil data/evaluate data/compare
+	rm -rf .scratch $(addprefix data/,draw prepare dedup pretrain teach ensemble score select pack label distil self_distil evaluate export compare)
