@@ -34,20 +34,26 @@ def main() -> None:
     parser.add_argument("--commit", default="HEAD", help="the code to run")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     args = parser.parse_args()
-    threads = max(1, usable_cores() // args.jobs)
-    params = yaml.safe_load(args.recipe.read_text())
-    folders = [workspace(f"seeds/{args.recipe.stem}-{s}", params | {"seed": s}, threads, args.commit) for s in args.seeds]
     start = time.monotonic()
-    shared = [name for name in UNSEEDED if name in params]
-    reproduce(folders[0], *shared)
-    with ThreadPoolExecutor(args.jobs) as jobs:
-        list(jobs.map(reproduce, folders))
+    folders = repeat(args.recipe, args.seeds, args.jobs, args.commit)
     how = f"Seeds {', '.join(map(str, args.seeds))}; {machine()}; {time.monotonic() - start:,.0f} s in all."
     text = f"{how}\n\n{table(folders)}{exits(folders)}"
     print(text)
     if args.out:
         command = f"python -m benchmarks.seeds {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
         args.out.write_text(f"`{command}`\n\n{text}")
+
+
+def repeat(recipe: Path, seeds: list[int], jobs: int, commit: str) -> list[Path]:
+    """Run the recipe once with each seed, `jobs` at a time; returns their folders."""
+    threads = max(1, usable_cores() // jobs)
+    params = yaml.safe_load(recipe.read_text())
+    folders = [workspace(f"seeds/{recipe.stem}-{s}", params | {"seed": s}, threads, commit) for s in seeds]
+    shared = [name for name in UNSEEDED if name in params]
+    reproduce(folders[0], *shared)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(reproduce, folders))
+    return folders
 
 
 def workspace(name: str, params: dict[str, Any], threads: int, commit: str) -> Path:
@@ -124,6 +130,11 @@ def evaluations(folder: Path) -> dict[str, dict[str, Any]]:
 
 def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def signed(differences: list[float]) -> str:
+    """`spread` with the sign of the mean."""
+    return f"{'+' if statistics.mean(differences) >= 0 else ''}{spread(differences)}"
 
 
 def usable_cores() -> int:
