@@ -75,19 +75,15 @@ def best(data: Path = DATA) -> tuple[str, Path, dict[str, Any]] | None:
 
     None without a comparison, or where no student beat the baseline it is compared with.
     """
-    comparison = data / COMPARISON / "results"
-    if not comparison.is_dir():
+    folder = data / COMPARISON / "results"
+    if not folder.is_dir():
         return None
-    baseline = artifact.record(artifact.verify(comparison))["params"]["baseline"]
-    evaluations = {
-        file.parent.name: json.loads(file.read_text()) for file in sorted((data / "evaluate").glob("*/evaluation.json"))
-    }
-    peers = {name: e for name, e in evaluations.items() if e["model"] == evaluations[baseline]["model"]}
-    name = max(peers, key=lambda n: peers[n]["holdout"]["top1"])
-    if name == baseline:
+    comparison = json.loads((artifact.verify(folder) / "comparison.json").read_text())
+    name = comparison["best"]
+    if name is None:
         return None
     model = artifact.record(data / "evaluate" / name)["inputs"]["model"]["path"]
-    return name, Path(model), peers[name]
+    return name, Path(model), comparison["entries"][name]
 
 
 def register(store: Store, folder: Path, evaluation: Mapping[str, Any], tags: Mapping[str, str]) -> str:

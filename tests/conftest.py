@@ -10,6 +10,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from pipeline.params import Machine
+from pipeline.sources import Folder
+from pipeline.stages import prepare
+
 
 def picture(seed: int, size: int | tuple[int, int] = 32) -> np.ndarray:
     """(height, width, 3) uint8 RGB: smooth coloured noise, another for each seed, that survives JPEG; `size`: (width, height)."""
@@ -50,3 +54,17 @@ def tar_of(file: Path, files: Mapping[str, bytes]) -> Path:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return file
+
+
+def prepared(root: Path, classes: Mapping[str, int], *, pool: int = 20, holdout: float = 0.25) -> Path:
+    """The manifests of `prepare` for so many labelled images of 16 pixels of each class and a pool of 20 pixels; 3 of each class
+    measure. The images and the manifests lie below `root`; returns the manifests' folder."""
+    folder_of(root / "labelled", jpegs(classes, 16))
+    folder_of(root / "val", jpegs(dict.fromkeys(classes, 3), 16, seed=1))
+    folder_of(root / "pool", jpegs({"x": pool}, 20, seed=2))
+    sources = {name: (Folder(kind="folder", path=name),) for name in ("labelled", "val", "pool")}
+    params = prepare.Prepare(root=str(root), holdout=holdout, **sources)  # type: ignore[arg-type]
+    found = root / "data" / "prepare"
+    outs = {f"{name}_out": found / name for name in ("train", "holdout", "val", "pool", "quarantine")}
+    prepare.run(params, root=root, machine=Machine(workers=1), **outs)
+    return found

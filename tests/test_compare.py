@@ -258,6 +258,15 @@ def test_comparison_json_has_all_that_the_evaluations_say(four: Path) -> None:
         assert {key: entries[name][key] for key in evaluation} == evaluation
 
 
+def test_comparison_json_names_the_best_that_has_the_network_of_the_baseline(four: Path) -> None:
+    def best(baseline: str) -> str | None:
+        out, _ = run(four, baseline=baseline)
+        found: str | None = json.loads((out / "comparison.json").read_text())["best"]
+        return found
+
+    assert {name: best(name) for name in ENTRIES} == {"teacher": None, "baseline": "ssld", "ssld": None, "finetune": "ssld"}
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 

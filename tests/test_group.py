@@ -15,10 +15,7 @@ import torch
 
 from pipeline import artifact, group
 from pipeline.errors import UserError
-from pipeline.params import Machine
-from pipeline.sources import Folder
-from pipeline.stages import prepare
-from tests.conftest import folder_of, jpegs
+from tests.conftest import prepared
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 16}}
@@ -28,13 +25,7 @@ TRAINING = {"steps": 6, "batch": 12, "lr": 0.05, "ema": 0.5, "clip": 1.0, "rates
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("house")
-    folder_of(root / "labelled", jpegs({"ant": 10, "bee": 10}, 16))
-    folder_of(root / "val", jpegs({"ant": 3, "bee": 3}, 16, seed=1))
-    folder_of(root / "pool", jpegs({"x": 2}, 16, seed=2))
-    sources = {name: (Folder(kind="folder", path=name),) for name in ("labelled", "val", "pool")}
-    params = prepare.Prepare(root=str(root), holdout=0.2, **sources)  # type: ignore[arg-type]
-    outs = {f"{name}_out": root / "data/prepare" / name for name in ("train", "holdout", "val", "pool", "quarantine")}
-    prepare.run(params, root=root, machine=Machine(workers=1), **outs)
+    prepared(root, {"ant": 10, "bee": 10}, pool=2, holdout=0.2)
     (root / "data/scratch").touch()
     return root
 

@@ -19,9 +19,8 @@ from torch import Tensor
 from pipeline import artifact, checkpoint, images, manifest, models
 from pipeline.journal import Journal
 from pipeline.params import Machine
-from pipeline.sources import Folder
-from pipeline.stages import prepare, pretrain, teach
-from tests.conftest import folder_of, jpegs
+from pipeline.stages import pretrain, teach
+from tests.conftest import prepared
 
 ROOT = Path(__file__).parent.parent
 MACHINE = Machine(device="cpu", precision="float32", threads=1, workers=2)
@@ -243,15 +242,7 @@ def test_the_probe_is_the_regularised_minimum() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    folder_of(root / "labelled", jpegs({"ant": 8, "bee": 8}, 16))
-    folder_of(root / "val", jpegs({"ant": 3, "bee": 3}, 16, seed=1))
-    folder_of(root / "pool", jpegs({"x": 20}, 20, seed=2))
-    sources = {name: (Folder(kind="folder", path=name),) for name in ("labelled", "val", "pool")}
-    params = prepare.Prepare(root=str(root), holdout=0.25, **sources)  # type: ignore[arg-type]
-    outs = {f"{name}_out": root / "data/prepare" / name for name in ("train", "holdout", "val", "pool", "quarantine")}
-    prepare.run(params, root=root, machine=MACHINE, **outs)
-    return root / "data" / "prepare"
+    return prepared(tmp_path_factory.mktemp("data"), {"ant": 8, "bee": 8})
 
 
 def pretrained(data: Path, out: Path, scratch: Path | None = None, machine: Machine = MACHINE, **params: Any) -> dict[str, Any]:

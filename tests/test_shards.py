@@ -13,8 +13,9 @@ from pipeline import artifact, shards
 from pipeline.errors import UserError
 from pipeline.params import Machine
 from pipeline.stages import label, pack, score
+from tests.conftest import prepared
 from tests.test_dedup import bench, bytes_of
-from tests.test_training_stages import MACHINE, prepared, taught
+from tests.test_training_stages import MACHINE, taught
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dask's own warnings
 
@@ -129,7 +130,7 @@ def test_score_label_and_pack_give_the_same_bytes_on_a_cluster(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    data = prepared(tmp_path)
+    data = prepared(tmp_path, {"ant": 8, "bee": 8, "cat": 8})
     teacher = taught(data, tmp_path / "teacher")
     scoring, labelling = score.Score(teacher="-", m=2), label.Label(teacher="-", images="-", views=2)
     packing = pack.Pack(images="-", side=12)

@@ -17,31 +17,19 @@ from pipeline.checkpoint import CheckpointError
 from pipeline.decode import decode
 from pipeline.journal import Journal
 from pipeline.params import Machine
-from pipeline.sources import Folder
-from pipeline.stages import distil, prepare, score, teach
-from tests.conftest import folder_of, jpegs
+from pipeline.stages import distil, score, teach
+from tests.conftest import prepared
 
 MACHINE = Machine(device="cpu", precision="float32", threads=1, workers=2)
 SMALL = {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 16}}
 TRAINING = {"steps": 4, "batch": 8, "lr": 0.05}
+CLASSES = {"ant": 8, "bee": 8, "cat": 8}
 SCRATCH = Path(__file__).parent.parent / "data" / "scratch"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory.mktemp("data"))
-
-
-def prepared(root: Path) -> Path:
-    """Manifests of tiny images below `root`."""
-    folder_of(root / "labelled", jpegs({"ant": 8, "bee": 8, "cat": 8}, 16))
-    folder_of(root / "val", jpegs({"ant": 3, "bee": 3, "cat": 3}, 16, seed=1))
-    folder_of(root / "pool", jpegs({"x": 20}, 20, seed=2))
-    sources = {name: (Folder(kind="folder", path=name),) for name in ("labelled", "val", "pool")}
-    params = prepare.Prepare(root=str(root), holdout=0.25, **sources)  # type: ignore[arg-type]
-    outs = {f"{name}_out": root / "prepare" / name for name in ("train", "holdout", "val", "pool", "quarantine")}
-    prepare.run(params, root=root, machine=MACHINE, **outs)
-    return root / "prepare"
+    return prepared(tmp_path_factory.mktemp("data"), CLASSES)
 
 
 @pytest.fixture(autouse=True)

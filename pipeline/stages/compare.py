@@ -438,8 +438,10 @@ def _csv(entries: Sequence[Entry]) -> str:
 
 
 def _json(params: Compare, entries: Sequence[Entry]) -> dict[str, Any]:
+    best = _best(entries, params.baseline)
     return {
         **params.model_dump(),
+        "best": best and best.name,
         "entries": {
             e.name: {
                 **{part: value for part, value in e.evaluation.model_dump(mode="json").items() if value is not None},
