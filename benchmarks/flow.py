@@ -99,8 +99,8 @@ def artifacts(folder: Path) -> dict[str, str]:
     return {out["path"]: out["md5"] for entry in stages.values() for out in entry["outs"]}
 
 
-def overhead(pairs: int, steps: int | None) -> None:
-    with tempfile.TemporaryDirectory() as tmp, server(Path(tmp)) as env:
+def overhead(pairs: int, steps: int | None, keep: Path | None) -> None:
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory() as tmp, server(Path(tmp)) as env:
         ratios, differences = [], []
         for i in range(pairs):
             bare, flow = clone(Path(tmp, f"bare{i}"), steps), clone(Path(tmp, f"flow{i}"), steps)
@@ -188,9 +188,12 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=None, help="a smaller job: fewer entries, 1,600 images in the pool, so many training steps"
     )
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="put the clones of `overhead` here, and leave them")
     args = parser.parse_args()
     if args.what == "overhead":
-        overhead(args.pairs, args.steps)
+        if args.keep:
+            args.keep.mkdir(parents=True)
+        overhead(args.pairs, args.steps, args.keep)
     elif args.what == "fixed":
         fixed(args.pairs)
     else:
