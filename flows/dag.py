@@ -170,23 +170,46 @@ def loose_files(folder: Path, stage: str) -> dict[str, str]:
 def adopt(folder: Path, stage: str, entry: Mapping[str, Any], files: Mapping[str, str]) -> None:
     """Take over what another machine made: its lock entry and metrics from there, its artifacts from the remote.
 
-    Raises DVCError if they do not fit the code, params and inputs of `folder`.
+    Raises DVCError, and leaves dvc.lock and the metrics as they were, if the artifacts cannot be pulled or do not fit the code,
+    params and inputs of `folder`.
     """
+    before = {path: (folder / path).read_text() if (folder / path).is_file() else None for path in files}
+    known = _enter(folder, stage, entry)
+    try:
+        _write(folder, files)
+        call(folder, "pull", stage)
+        changes = stale(folder, [stage])
+        if changes:
+            raise DVCError(f"{stage} was made by other code, params or inputs than those here: {json.dumps(changes[stage])}")
+    except BaseException:
+        _write(folder, before)
+        _enter(folder, stage, known)
+        raise
+
+
+def _enter(folder: Path, stage: str, entry: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Put the entry of a stage into dvc.lock, or take it out; returns the one that was there."""
     from dvc.repo import Repo
 
     with Repo(str(folder), _wait_for_lock=True) as repo, repo.lock:
         lock = _lock(folder)
-        lock["stages"][stage] = dict(entry)
+        before: Mapping[str, Any] | None = lock["stages"].pop(stage, None)
+        if entry is not None:
+            lock["stages"][stage] = dict(entry)
         new = folder / "dvc.lock.new"
         new.write_text(yaml.safe_dump(lock, sort_keys=False))
         new.rename(folder / "dvc.lock")
+    return before
+
+
+def _write(folder: Path, files: Mapping[str, str | None]) -> None:
+    """Give files their contents; None: none is to be there."""
     for path, text in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
-    call(folder, "pull", stage)
-    changes = stale(folder, [stage])
-    if changes:
-        raise DVCError(f"{stage} was made by other code, params or inputs than those here: {json.dumps(changes[stage])}")
+        if text is None:
+            (folder / path).unlink(missing_ok=True)
+        else:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
 
 
 def _lock(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, State
+from prefect.task_engine import TaskRunTimeoutError
 
 from flows import child, dag, worktree
 from flows.dag import Dag
@@ -91,7 +92,9 @@ def verdict(ended: child.Ended) -> StageFailed:
 def may_retry(_: Any, __: Any, state: State) -> bool:
     """Prefect asks after each failed attempt; `state.data` is what was raised."""
     why = state.data
-    return why.again if isinstance(why, StageFailed) else not isinstance(why, dag.DVCError | worktree.WorktreeError)
+    if isinstance(why, StageFailed):
+        return why.again
+    return not isinstance(why, dag.DVCError | worktree.WorktreeError | TaskRunTimeoutError)
 
 
 class Listener:
@@ -163,8 +166,7 @@ async def run_stage(stage: str, where: Where, pull: Sequence[str] = (), strict: 
     """Bring one stage up to date in this folder, with what it needs from the remote and for it; see `repro` for the states."""
     await exchange("pull", pull, where, strict=strict)
     outcome = await repro(stage, where)
-    if outcome == "Completed":
-        await exchange("push", [stage], where)
+    await exchange("push", [stage], where)  # whatever the outcome: an attempt before this one may have failed to
     return Completed(name=outcome, message=stage)
 
 
@@ -185,18 +187,17 @@ async def up_to_date(stage: str) -> State:
 
 async def run_elsewhere(stage: str, where: Where, deployment: str, limits: Mapping[str, Any]) -> str:
     """A run of the flow `stage`, and its outcome."""
-    token = where.folder / ".scratch" / "flows" / str(runtime.flow_run.id)
+    token = where.folder / ".scratch" / "flows" / f"{runtime.flow_run.id}.{stage}"
     token.parent.mkdir(parents=True, exist_ok=True)
     token.write_text("a worker that sees this file has the same disk\n")
     try:
-        changed = [] if where.folder != where.workspace else worktree.changed(where.folder)
         parameters = {
             "name": stage,
             "workspace": str(where.workspace),
             "folder": str(where.folder),
             "token": str(token),
             "commit": worktree.git(where.folder, "rev-parse", "HEAD"),
-            "changed": changed,
+            "changed": worktree.changed(where.folder),
             "params": (where.folder / "params.yaml").read_text(),
             "lock": (where.folder / "dvc.lock").read_text() if (where.folder / "dvc.lock").is_file() else "",
             "force": where.force,
@@ -323,8 +324,7 @@ async def winnow(
     log, workspace = get_run_logger(), Path.cwd()
     folder = workspace
     if set_params:
-        at = worktree.commit(workspace)
-        folder = await asyncio.to_thread(variant, workspace, at, set_params)
+        folder = await asyncio.to_thread(variant, workspace, set_params)
         log.info("working in %s", folder)
     env = {"WINNOW_TAGS": json.dumps(run_tags()), "MLFLOW_TRACKING_URI": tracking_uri(workspace)}
     graph = await asyncio.to_thread(dag.read, folder)
@@ -351,7 +351,7 @@ async def winnow(
     failed = await in_order(graph, todo, start, at_once, theirs)
     log.info("%d stages in %s", len(todo), timedelta(seconds=round(time.monotonic() - began)))
     await flush(where)
-    await report(where, plan)
+    await report(where, [s for s in plan if s not in graph.affected(failed)])
     if failed:
         held = [s for s in todo if s in graph.affected(failed) and s not in failed]
         why = "; ".join(f"{s}: {error}" for s, error in failed.items())
@@ -365,10 +365,11 @@ async def winnow(
     return Completed(message=f"{len(todo)} stages run, {len(plan) - len(todo)} cached" if todo else f"{len(plan)} stages cached")
 
 
-def variant(workspace: Path, at: str, set_params: list[str]) -> Path:
-    """A worktree with the changed params."""
-    folder = worktree.make(workspace, at, key=set_params)
-    worktree.git(folder, "checkout", "--quiet", at, "--", "params.yaml")
+def variant(workspace: Path, set_params: list[str]) -> Path:
+    """A worktree with the tracked files as they are now, and the changed params."""
+    head, tree = worktree.git(workspace, "rev-parse", "HEAD"), worktree.tree(workspace)
+    folder = worktree.make(workspace, head, key=[tree, *set_params], tree=tree)
+    worktree.git(folder, "checkout", "--quiet", tree, "--", "params.yaml")
     dag.override(folder, set_params)
     return folder
 
@@ -432,12 +433,15 @@ async def flush(where: Where) -> None:
     get_run_logger().info(ended.text)
 
 
-async def report(where: Where, plan: list[str]) -> None:
-    """The comparison, and links to the run in MLflow and to the champion there, as artifacts of the run."""
+async def report(where: Where, current: list[str]) -> None:
+    """The comparison, and links to the run in MLflow and to the champion there, as artifacts of the run.
+
+    `current`: the stages of this run that are up to date.
+    """
     table = where.folder / TABLE
-    if table.is_file():
+    if "compare" in current and table.is_file():
         await acreate_markdown_artifact(table.read_text(), key=artifact_key("comparison"), description="All models, measured")
-    command = ["python", "-m", "pipeline.registry", *(s.replace("@", ".") for s in plan)]
+    command = ["python", "-m", "pipeline.registry", *(s.replace("@", ".") for s in current)]
     ended = await child.run(command, cwd=where.folder, env={**dag.environment(), **where.env})
     if ended.code:
         get_run_logger().warning("MLflow has no run of this whole run: %s", ended.text)

@@ -29,9 +29,9 @@ def git(folder: Path, *args: str) -> str:
     return done.stdout.strip()
 
 
-def commit(folder: Path) -> str:
-    """The commit that holds the tracked files as they are now: HEAD, or one of no branch if some were changed since."""
-    return git(folder, "stash", "create") or git(folder, "rev-parse", "HEAD")
+def tree(folder: Path) -> str:
+    """The git tree of the tracked files as they are now; the same for the same content."""
+    return git(folder, "rev-parse", f"{git(folder, 'stash', 'create') or 'HEAD'}^{{tree}}")
 
 
 def changed(folder: Path) -> list[str]:
@@ -40,10 +40,13 @@ def changed(folder: Path) -> list[str]:
     return [name for name in names if name not in ("params.yaml", "dvc.lock") and not name.startswith("data/")]
 
 
-def make(workspace: Path, at: str, *, key: Sequence[str], params: str | None = None, lock: str | None = None) -> Path:
+def make(
+    workspace: Path, at: str, *, key: Sequence[str], tree: str = "", params: str | None = None, lock: str | None = None
+) -> Path:
     """The worktree for `key`, at the commit `at`: the one that an interrupted run has left, or a new one.
 
-    `params` and `lock` are the contents of params.yaml and dvc.lock; by default those of the commit, and of the workspace.
+    `tree`: the git tree whose files a new one gets, where they are not those of the commit. `params` and `lock` are the contents
+    of params.yaml and dvc.lock; by default those of the commit, and of the workspace.
     Data that no stage makes and git does not hold (`data/raw`, a teacher of your own) is linked from the workspace.
     Raises WorktreeError if the commit is not in this clone.
     """
@@ -54,6 +57,8 @@ def make(workspace: Path, at: str, *, key: Sequence[str], params: str | None = N
         shutil.rmtree(folder, ignore_errors=True)
         git(workspace, "worktree", "prune")
         git(workspace, "worktree", "add", "--detach", "--force", str(folder), at)
+        if tree:
+            git(folder, "read-tree", "--reset", "-u", tree)
         _same_cache(workspace, folder)
     if params is not None:
         (folder / "params.yaml").write_text(params)
@@ -93,8 +98,8 @@ def link_sources(workspace: Path, folder: Path, sources: Sequence[str]) -> None:
 
 
 def remove(workspace: Path, folder: Path) -> bool:
-    """Remove a worktree that has done its work; not while journals wait there for a tracking server that is away."""
-    if any((folder / ".scratch" / "journal").glob("*.jsonl")):
+    """Remove a worktree that has done its work; not while journals are there that MLflow has not taken."""
+    if any((folder / ".scratch" / "journal").rglob("*.jsonl")):
         return False
     git(workspace, "worktree", "remove", "--force", str(folder))
     return True

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import logging
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -267,7 +269,8 @@ def test_a_wrong_input_is_not_tried_again(project: Path, server: None) -> None:
 
 def test_a_stage_beyond_its_time_limit_is_ended(project: Path, server: None) -> None:
     (project / "make.sh").write_text("sleep 4323.5\n")
-    assert play(targets=["make"], retries=0, hours=3 / 3600) == {"make": "TimedOut"}
+    assert play(targets=["make"], retries=2, hours=3 / 3600) == {"make": "TimedOut"}
+    assert [r.run_count for r in asyncio.run(task_runs())] == [1]
     assert processes_with("4323.5") == []
 
 
@@ -283,6 +286,23 @@ def test_a_variant_leaves_the_workspace_alone(project: Path, server: None) -> No
     assert names[0].startswith("use-a-by-9-")
 
 
+def test_a_variant_takes_uncommitted_files_along_and_stands_on_the_last_commit(project: Path, server: None) -> None:
+    (project / "make.sh").write_text("mkdir -p data; echo here > data/changed\n")
+    (project / ".gitignore").unlink()
+    head, tree = worktree.git(project, "rev-parse", "HEAD"), worktree.tree(project)
+    time.sleep(1.1)
+    assert worktree.tree(project) == tree != worktree.git(project, "rev-parse", "HEAD^{tree}")
+    place = worktree.make(project, head, key=[tree], tree=tree)
+    assert worktree.git(place, "rev-parse", "HEAD") == head
+    assert (place / "make.sh").read_text() == (project / "make.sh").read_text()
+    assert not (place / ".gitignore").exists()
+    assert worktree.changed(place) == [".gitignore", "make.sh"]
+    worktree.remove(project, place)
+    worktree.git(project, "checkout", "--", ".gitignore")
+    assert play(set_params=["make.n=7"], targets=["make"]) == {"make": "Completed"}
+    assert "make-n-7-" in sh(project, "dvc", "exp", "list", "--name-only")
+
+
 def test_a_variant_of_some_stages_is_an_experiment_too(project: Path, server: None) -> None:
     assert play(set_params=["use.a.by=8"], targets=["use@a"]) == {"make": "Completed", "use@a": "Completed"}
     assert "use-a-by-8-" in sh(project, "dvc", "exp", "list", "--name-only")
@@ -290,6 +310,45 @@ def test_a_variant_of_some_stages_is_an_experiment_too(project: Path, server: No
 
 
 # Another machine
+
+
+def test_what_could_not_be_pushed_is_pushed_by_the_next_attempt(
+    project: Path, server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = []
+
+    async def exchange(what: str, stages: list[str], *_: Any, **__: Any) -> None:
+        if what == "push":
+            pushed.extend(stages)
+            if len(pushed) == 1:
+                raise run.StageFailed("the remote is away", again=True)
+
+    monkeypatch.setattr(run, "exchange", exchange)
+    monkeypatch.setattr(run, "RETRY_SECONDS", [0])
+    assert play(targets=["make"], retries=1) == {"make": "Cached"}
+    assert pushed == ["make", "make"]
+
+
+def test_each_stage_that_waits_for_a_worker_shows_it_its_own_token(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    async def deployed(_: str, parameters: dict[str, Any], flow_run_name: str, **__: Any) -> Any:
+        await asyncio.sleep(0.2 if flow_run_name == "use@b" else 0)  # its worker is free when the other one has ended
+        seen[flow_run_name] = Path(parameters["token"]).is_file()
+        return SimpleNamespace(name=flow_run_name, state=None)
+
+    async def both() -> list[Any]:
+        where = run.Where(project, project, force=False)
+        return await asyncio.gather(
+            *(run.run_elsewhere(s, where, "winnow/gpu", {}) for s in ("use@a", "use@b")), return_exceptions=True
+        )
+
+    monkeypatch.setattr(run, "arun_deployment", deployed)
+    monkeypatch.setattr(run, "get_run_logger", lambda: logging.getLogger("test"))
+    ends = asyncio.run(both())
+    assert seen == {"use@a": True, "use@b": True}
+    assert all(isinstance(end, run.StageFailed) and end.again for end in ends)
+    assert list((project / ".scratch/flows").iterdir()) == []
 
 
 def test_two_clones_share_a_stage_through_the_remote(project: Path, tmp_path: Path) -> None:
@@ -311,8 +370,12 @@ def test_two_clones_share_a_stage_through_the_remote(project: Path, tmp_path: Pa
     assert (project / "data/use/a.json").read_text() == '{"n":1}\n'
     assert dag.stale(project, ["make", "use@a"]) == {}
     entry = {**dag.lock_entry(place, "use@a"), "cmd": "another"}
+    known = dag.lock_entry(project, "use@a")
     with pytest.raises(dag.DVCError, match="other code, params or inputs"):
-        dag.adopt(project, "use@a", entry, {})
+        dag.adopt(project, "use@a", entry, {"data/use/a.json": "{}", "data/new.json": "{}"})
+    assert dag.lock_entry(project, "use@a") == known
+    assert (project / "data/use/a.json").read_text() == '{"n":1}\n'
+    assert not (project / "data/new.json").exists()
     assert worktree.remove(other, place)
     assert sh(other, "git", "status", "--porcelain") == ""
     with pytest.raises(worktree.WorktreeError, match="does not have the commit"):
