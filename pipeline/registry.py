@@ -6,9 +6,10 @@ The comparison's own run is that of the pipeline where a comparison was made (`t
 had other targets or because DVC had nothing to do, a run is made here, with the same children, params, metrics and tags. The tags
 given by WINNOW_TAGS, the git commit and the hash of dvc.lock tie it to its flow run, its code and its data.
 
-The champion is the student that the comparison calls best: of the models with the baseline's network, the best on held-out
-images. It becomes a version of the registered model `winnow`, under the alias `champion`, with its weights as safetensors, its
-signature and its metrics. Prints, as JSON, the links to the run and to the champion.
+The student that the comparison calls best (of the models with the baseline's network, the best on held-out images) becomes a
+version of the registered model `winnow`, with its weights as safetensors, its signature and its metrics. It takes the alias
+`champion`, unless the version that has it did better on the same held-out images. Prints, as JSON, the links to the run and to
+the version.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline import artifact
 from pipeline.errors import UserError
@@ -70,10 +71,20 @@ def lock_hash() -> str:
     return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else ""
 
 
-def best(data: Path = DATA) -> tuple[str, Path, dict[str, Any]] | None:
-    """The entry of `evaluate` that the comparison calls best, its model directory, and its evaluation.
+class Best(NamedTuple):
+    """An entry of `evaluate`, its model directory, its evaluation, and the identity of the held-out images."""
 
-    None without a comparison, or where no student beat the baseline it is compared with.
+    name: str
+    model: Path
+    evaluation: dict[str, Any]
+    holdout: str
+
+
+def best(data: Path = DATA) -> Best | None:
+    """The entry that the comparison calls best.
+
+    None without a comparison, where no student beat the baseline it is compared with, and where the model or its evaluation was
+    made anew since.
     """
     folder = data / COMPARISON / "results"
     if not folder.is_dir():
@@ -82,12 +93,21 @@ def best(data: Path = DATA) -> tuple[str, Path, dict[str, Any]] | None:
     name = comparison["best"]
     if name is None:
         return None
-    model = artifact.record(data / "evaluate" / name)["inputs"]["model"]["path"]
-    return name, Path(model), comparison["entries"][name]
+    evaluation = artifact.record(data / "evaluate" / name)
+    measured = evaluation["inputs"]["model"]
+    model = Path(measured["path"])
+    compared = evaluation["key"] in artifact.record(folder)["lineage"]
+    if not compared or not model.is_dir() or artifact.identity(model) != measured["identity"]:
+        return None
+    return Best(name, model, comparison["entries"][name], evaluation["inputs"]["holdout"]["identity"])
 
 
 def register(store: Store, folder: Path, evaluation: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-    """Make the model directory `folder` the champion; returns its version. One that already is a version is not copied again."""
+    """Make the model directory `folder` a version, and the champion if none is better; returns the version.
+
+    One that already is a version is not copied again. `tags`: of a new version; those that are measured on the same held-out
+    images have the same `winnow.holdout`.
+    """
     from mlflow.exceptions import MlflowException
 
     client = store.client
@@ -110,13 +130,25 @@ def register(store: Store, folder: Path, evaluation: Mapping[str, Any], tags: Ma
         }
         facts = {"winnow.key": key, "winnow.stage": record["stage"], "winnow.entry": record["entry"] or "", **tags}
         version = _new_version(store, folder, run.info.run_id if run else None, metrics, facts)
-    client.set_registered_model_alias(MODEL, CHAMPION, version)
+    if not _is_beaten(client.get_model_version(MODEL, version), client.get_registered_model(MODEL).aliases.get(CHAMPION), client):
+        client.set_registered_model_alias(MODEL, CHAMPION, version)
     return version
 
 
+def _is_beaten(new: Any, champion: str | None, client: Any) -> bool:
+    """Whether the present champion did better than the version `new`, and on the same held-out images."""
+    if champion is None:
+        return False
+    there = client.get_model_version(MODEL, champion).tags
+    on_the_same = there.get("winnow.holdout") == new.tags.get("winnow.holdout")
+    return on_the_same and float(there["holdout_top1"]) > float(new.tags["holdout_top1"])
+
+
 def _new_version(store: Store, folder: Path, run_id: str | None, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str:
+    import mlflow
     from mlflow.models import Model
 
+    mlflow.set_tracking_uri(store.uri)  # where the registry looks for a logged model, whatever client it was asked by
     client, description = store.client, json.loads((artifact.verify(folder) / "model.json").read_text())
     logged = client.create_logged_model(
         store.experiment_id, name=MODEL, source_run_id=run_id, tags=dict(tags), params={"arch": description["arch"]}
@@ -156,7 +188,8 @@ def links(store: Store, run_id: str, version: str | None) -> dict[str, str]:
     server = store.uri if store.uri.startswith("http") else "http://127.0.0.1:5000"
     found = {"run": f"{server}/#/experiments/{store.experiment_id}/runs/{run_id}"}
     if version is not None:
-        found["champion"] = f"{server}/#/models/{MODEL}/versions/{version}"
+        is_champion = str(store.client.get_registered_model(MODEL).aliases.get(CHAMPION)) == version
+        found[CHAMPION if is_champion else "student"] = f"{server}/#/models/{MODEL}/versions/{version}"
     return found
 
 
@@ -169,7 +202,10 @@ def main() -> None:
     try:
         run_id = summarise(store, args.stages, tags)
         champion = best()
-        version = register(store, champion[1], champion[2], {**tags, "winnow.evaluation": champion[0]}) if champion else None
+        version = None
+        if champion is not None:
+            facts = {**tags, "winnow.evaluation": champion.name, "winnow.holdout": champion.holdout}
+            version = register(store, champion.model, champion.evaluation, facts)
     except UserError as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(json.dumps(links(store, run_id, version)) + "\n")

@@ -23,6 +23,7 @@ import os
 import posixpath
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -41,6 +42,7 @@ from pipeline.journal import (
 )
 
 JOURNALS = Path(".scratch", "journal")
+WORKTREES = Path(".scratch", "worktrees")  # of flows/worktree.py
 
 POLL_SECONDS = 1.0
 IDLE_SECONDS = 20.0
@@ -174,7 +176,7 @@ class Store:
 
             with _one_at_a_time(self._database):
                 client = MlflowClient(self.uri)
-                self.experiment_id = _experiment_id(client, self._experiment, own=self._database is not None)
+                self.experiment_id = _experiment_id(client, self._experiment, self._database)
             self._inode = _inode(self._database) if self._database else 0
             self._client = client
         return self._client
@@ -450,12 +452,12 @@ def _inode(file: Path) -> int:
     return file.stat().st_ino if file.exists() else 0
 
 
-def _experiment_id(client: Any, name: str, own: bool) -> str:
-    """The experiment of this name, made if it is new; `own`: the store is a database file of ours, not a server."""
+def _experiment_id(client: Any, name: str, database: Path | None) -> str:
+    """The experiment of this name, made if it is new; `database`: the file of the store, None for a server."""
     from mlflow.exceptions import MlflowException
 
-    # MLflow would put the files into ./mlruns, which is also the name of its retired file store.
-    where = Path("mlartifacts").absolute().as_uri() if own else None
+    # MLflow would put the files into ./mlruns of whoever comes first, which may be a worktree that is removed after its run.
+    where = (database.parent / "mlartifacts").absolute().as_uri() if database is not None else None
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
@@ -570,6 +572,13 @@ def flush(folder: Path, timeout: float) -> str:
     return message
 
 
+def _flush_in(worktree: Path, timeout: float) -> str:
+    """`flush` of a flow's worktree, kept for its journals; in its folder, as they name files from there."""
+    command = [sys.executable, "-m", "pipeline.tracking", "flush", "--timeout", str(timeout)]
+    done = subprocess.run(command, cwd=worktree, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return done.stdout.strip() or done.stderr.strip()
+
+
 def _where_to_look() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI)
     if uri.startswith("http"):
@@ -586,6 +595,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "flush":
         sys.stdout.write(flush(args.folder, args.timeout) + "\n")
+        for worktree in sorted(WORKTREES.glob("*")):
+            if any((worktree / JOURNALS).rglob("*.jsonl")):
+                sys.stdout.write(f"{worktree}: {_flush_in(worktree, args.timeout)}\n")
     else:
         os.nice(5)
         Mirror(args.folder).follow()

@@ -20,14 +20,25 @@ TAGS = {"prefect.flow_run_id": "f1", "prefect.flow_run_name": "distil@ssld"}
 
 def compared(best: str | None) -> None:
     """data/compare/results and data/evaluate, as far as the registry reads them."""
-    for name in ("baseline", "ssld"):
-        token = artifact.provenance.set({"key": name, "inputs": {"model": {"path": f"data/distil/{name}"}}})
-        with artifact.writing(Path("data/evaluate", name)) as tmp:
-            (tmp / "evaluation.json").write_text("{}")
-        artifact.provenance.reset(token)
+    evaluated("ssld")
     entries = {"baseline": {"holdout": {"top1": 0.6}}, "ssld": {"holdout": {"top1": 0.7}}}
+    token = artifact.provenance.set({"lineage": {"evaluation 1 of ssld": {}}})
     with artifact.writing(Path("data/compare/results")) as tmp:
         (tmp / "comparison.json").write_text(json.dumps({"best": best, "entries": entries}))
+    artifact.provenance.reset(token)
+
+
+def evaluated(name: str, version: str = "1") -> None:
+    folder = Path("data/distil", name)
+    if not folder.exists():
+        model(f"distil.{name}")
+    of = {"path": str(folder), "identity": artifact.identity(folder)}
+    token = artifact.provenance.set(
+        {"key": f"evaluation {version} of {name}", "inputs": {"model": of, "holdout": {"identity": "h"}}}
+    )
+    with artifact.writing(Path("data/evaluate", name)) as tmp:
+        (tmp / "evaluation.json").write_text("{}")
+    artifact.provenance.reset(token)
 
 
 def model(name: str) -> dict[str, Any]:
@@ -83,7 +94,14 @@ def test_the_champion_is_the_one_that_the_comparison_calls_best(project: Path) -
     compared(None)
     assert registry.best() is None
     compared("ssld")
-    assert registry.best() == ("ssld", Path("data/distil/ssld"), {"holdout": {"top1": 0.7}})
+    assert registry.best() == ("ssld", Path("data/distil/ssld"), {"holdout": {"top1": 0.7}}, "h")
+    evaluated("ssld", version="2")  # which no comparison has seen
+    assert registry.best() is None
+    compared("ssld")
+    assert registry.best() is not None
+    with artifact.writing(Path("data/distil/ssld")) as tmp:  # which no evaluation has seen
+        (tmp / "model.json").write_text("{}")
+    assert registry.best() is None
 
 
 def test_the_champion_is_a_version_with_weights_signature_and_metrics(store: Store) -> None:
@@ -110,6 +128,19 @@ def test_the_champion_is_a_version_with_weights_signature_and_metrics(store: Sto
     assert registry.register(store, Path("data/distil/other"), evaluation, TAGS) == "2"
     assert str(store.client.get_model_version_by_alias("winnow", "champion").version) == "2"
     assert registry.links(store, "r", "2")["champion"].endswith("/#/models/winnow/versions/2")
+
+
+def test_a_worse_student_does_not_take_the_title_on_the_same_held_out_images(store: Store) -> None:
+    def champion_after(name: str, top1: float, holdout: str) -> str:
+        model(f"distil.{name}")
+        evaluation = {"val": {}, "holdout": {"top1": top1}}
+        registry.register(store, Path("data/distil", name), evaluation, {"winnow.holdout": holdout})
+        return str(store.client.get_model_version_by_alias("winnow", "champion").version)
+
+    found = [
+        champion_after(*new) for new in (("a", 0.7, "h"), ("b", 0.6, "h"), ("c", 0.7, "h"), ("d", 0.5, "other"), ("a", 0.7, "h"))
+    ]
+    assert found == ["1", "1", "3", "4", "1"]
 
 
 def execute_only_the_journal(r: dict[str, Any]) -> None:

@@ -667,3 +667,27 @@ def test_a_journal_of_nothing() -> None:
     kept = Journal()
     kept.log(step=1, loss=1.0)
     kept.finish("FINISHED", {}, [])
+
+
+def test_files_lie_beside_the_database_wherever_a_run_works(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "worktree").mkdir()
+    monkeypatch.chdir(tmp_path / "worktree")
+    made = tracking._experiment_id(store.client, "another", tmp_path / "mlflow.db")
+    assert store.client.get_experiment(made).artifact_location == (tmp_path / "mlartifacts").as_uri()
+
+
+def test_flush_goes_over_worktrees_that_were_kept_for_their_journals(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, kept in (("a", "journal/x.jsonl"), ("b", "journal/refused/x.jsonl"), ("c", "journal/mirror.log")):
+        file = project / ".scratch/worktrees" / name / ".scratch" / kept
+        file.parent.mkdir(parents=True)
+        file.touch()
+    monkeypatch.setattr(sys, "argv", ["tracking", "flush"])
+    monkeypatch.setattr(tracking, "flush", lambda *_: "here")
+    monkeypatch.setattr(tracking, "_flush_in", lambda folder, _: f"{folder.name} is flushed")
+    tracking.main()
+    said = capsys.readouterr().out
+    assert said.splitlines() == ["here", *(f".scratch/worktrees/{n}: {n} is flushed" for n in "ab")]
