@@ -44,12 +44,11 @@ def main() -> None:
         params = prepare.Prepare(root=tmp, pool=(Tar(kind="tar", path="photographs.tar"),), holdout=0.5, **sources)  # type: ignore[arg-type]
         prepare.run(params, root=Path(tmp), machine=Machine(), **outs)
         original = manifest.read(Path("made/pool"))
-        wanted = pack.Pack(images="-", side=args.side)
+        wanted = pack.Pack(images="-", labelled=False, side=args.side)
         start = time.monotonic()
-        sizes = pack.run(
-            wanted, chosen=Path("made/pool"), out=Path("packed"), shards_out=Path("shards"), scratch=Path("s"),
-            machine=Machine(workers=args.threads),
-        )  # fmt: skip
+        inputs = {"chosen": Path("made/pool"), "train": Path("made/train")}
+        to = {"out": Path("packed"), "shards_out": Path("shards"), "scratch": Path("scratch")}
+        sizes = pack.run(wanted, **inputs, **to, machine=Machine(workers=args.threads))
         packing = time.monotonic() - start
         packed = manifest.read(Path("packed"))
         rows = np.arange(len(original))

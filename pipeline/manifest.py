@@ -78,7 +78,8 @@ def read(folder: Path) -> Manifest:
         raise ManifestError(f"{folder} has no {FILE}: images are expected here (an artifact of prepare, dedup or select).")
     table = pq.read_table(folder / FILE)
     classes = tuple(json.loads((table.schema.metadata or {}).get(b"classes", b"[]")))
-    return Manifest(table.cast(SCHEMA), classes)
+    # One chunk: to take a few rows of a string column in many chunks, pyarrow goes through all of it.
+    return Manifest(table.cast(SCHEMA).unify_dictionaries().combine_chunks(), classes)
 
 
 def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
@@ -129,11 +130,19 @@ class ToLearn(NamedTuple):
 
 
 def to_learn(chosen: Path, train: Path, labelled: bool) -> ToLearn:
-    """The images of `chosen`, and those of `train` too if `labelled` says so, unless both are one artifact."""
+    """The images of `chosen`, and those of `train` too if `labelled` says so.
+
+    An image of both, as where `train` was packed, is read from where `chosen` has it.
+    """
     given, known = read(chosen), read(train)
-    if artifact.identity(chosen) == artifact.identity(train):
-        return ToLearn(given, known, 0)
-    return ToLearn(concat([given, known]) if labelled else given, known, len(given))
+    rest = known.take(np.flatnonzero(~_among(known, given)))
+    seen = concat([given, rest]) if labelled and len(rest) else given
+    return ToLearn(seen, known, len(given) - (len(known) - len(rest)))
+
+
+def _among(images: Manifest, others: Manifest) -> np.ndarray:
+    """(N,) bool: which of `images` are also in `others`."""
+    return np.asarray(pc.is_in(images.table["id"], value_set=others.table["id"]).to_numpy(), bool)
 
 
 def balanced(images: Manifest, amount: Amount, seed: int) -> Manifest:

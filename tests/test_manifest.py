@@ -194,3 +194,33 @@ def test_balanced_subsets_are_nested_and_drawn_by_the_seed_class_by_class():
 def test_a_class_with_too_few_images_is_named():
     with pytest.raises(ManifestError, match="asks for 20 images of the class b, which has 10"):
         manifest.balanced(labelled({"a": 40, "b": 10}), 20, 0)
+
+
+def test_what_was_read_is_one_chunk(tmp_path, monkeypatch):
+    honest = manifest.pq.write_table
+    monkeypatch.setattr(manifest.pq, "write_table", lambda *args, **options: honest(*args, **options | {"row_group_size": 2}))
+    names = [f"{i:02}" for i in range(9)]
+    images = written(tmp_path / "m", rows(names))
+    assert manifest.pq.ParquetFile(tmp_path / "m" / manifest.FILE).num_row_groups == 5
+    assert {column.num_chunks for column in images.table.columns} == {1}
+    assert images.table.equals(rows(names))
+
+
+def test_an_image_of_both_sets_is_learned_once_from_where_the_chosen_set_has_it(tmp_path):
+    train = written(tmp_path / "train", rows(["a1", "a2"], 0, path=["large.tar"] * 2), ("ant",))
+    written(tmp_path / "pool", rows(["b1", "b2", "b3"]))
+    packed = {"path": ["small.tar"] * 3}
+    written(tmp_path / "all", rows(["a1", "a2", "b1"], 0, **packed), ("ant",))
+    written(tmp_path / "some", rows(["a2", "b1", "b2"], 0, **packed), ("ant",))
+
+    def learned(chosen, labelled=True):
+        seen, known, unlabelled = manifest.to_learn(tmp_path / chosen, tmp_path / "train", labelled)
+        assert known.table.equals(train.table)
+        return dict(zip(seen.table["id"].to_pylist(), seen.table["path"].to_pylist(), strict=True)), unlabelled
+
+    assert learned("train") == ({"a1": "large.tar", "a2": "large.tar"}, 0)
+    assert learned("all") == ({"a1": "small.tar", "a2": "small.tar", "b1": "small.tar"}, 1)
+    assert learned("some") == ({"a1": "large.tar", "a2": "small.tar", "b1": "small.tar", "b2": "small.tar"}, 2)
+    assert learned("some", labelled=False)[0].keys() == {"a2", "b1", "b2"}
+    assert learned("pool")[1] == 3
+    assert len(learned("pool", labelled=False)[0]) == 3

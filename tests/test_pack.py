@@ -31,7 +31,13 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def packed(listed: Path, name: str = "out", **params: Any) -> tuple[manifest.Manifest, dict[str, Any]]:
     section = pack.Pack.model_validate({"images": "-", "side": 32, **params})
-    paths = {"chosen": listed, "out": Path(name), "shards_out": Path(f"{name}-shards"), "scratch": Path(f"{name}-scratch")}
+    paths = {
+        "chosen": listed,
+        "train": Path("prepare/train"),
+        "out": Path(name),
+        "shards_out": Path(f"{name}-shards"),
+        "scratch": Path(f"{name}-scratch"),
+    }
     metrics = pack.run(section, **paths, machine=MACHINE)
     artifact.verify(paths["shards_out"])
     return manifest.read(Path(name)), dict(metrics)
@@ -89,3 +95,15 @@ def test_a_tar_that_was_damaged_is_found_when_an_image_is_read(listed: Path) -> 
     tar.write_bytes(data)
     with pytest.raises(manifest.ManifestError, match=str(after.table["id"][2])):
         list(manifest.image_bytes(after, [2]))
+
+
+def test_the_labelled_images_go_along_unless_left_out(listed: Path) -> None:
+    pool = Path("prepare/pool")
+    train, alone = manifest.read(listed), manifest.read(pool)
+    both, metrics = packed(pool, "both")
+    assert metrics["images"] == len(both) == len(train) + len(alone)
+    assert both.classes == train.classes
+    assert packed(pool, "alone", labelled=False)[1]["images"] == len(alone)
+    seen, _, unlabelled = manifest.to_learn(Path("both"), listed, True)
+    assert (len(seen), unlabelled) == (len(both), len(alone))
+    assert set(seen.table["path"].to_pylist()) <= {str(p) for p in Path("both-shards").glob("*/*.tar")}

@@ -30,25 +30,33 @@ cv2.setNumThreads(1)  # the threads below share the cores already
 
 
 class Pack(Section):
-    """`images` is read by dvc.yaml: a manifest. `side`: the short side in pixels to which larger images are reduced, as JPEG
-    files of `quality`; an image that is no larger keeps its file.
+    """`images` is read by dvc.yaml: a manifest. `labelled`: the labelled images too.
+
+    `side`: the short side in pixels to which larger images are reduced, as JPEG files of `quality`; an image that is no larger
+    keeps its file.
 
     Nothing that a model of `canvas` pixels sees is lost but to JPEG if `side` is at least that.
     """
 
     images: str
+    labelled: bool = True
     side: PositiveInt = 256
     quality: Annotated[int, Field(ge=1, le=100)] = 90
 
 
-def run(params: Pack, *, chosen: Path, out: Path, shards_out: Path, scratch: Path, machine: Machine) -> stage.Metrics:
+def run(
+    params: Pack, *, chosen: Path, train: Path, out: Path, shards_out: Path, scratch: Path, machine: Machine
+) -> stage.Metrics:
     """Write `out`, a manifest with the ids and labels of `chosen`, whose images lie in uncompressed tars in `shards_out`.
+
+    With those of `train` in it, a training on `out` reads all its images from there.
 
     Shards that a killed run has finished are not packed again. Raises ManifestError or ImageRefused, naming the image, if one
     cannot be read any more.
     """
-    listed = manifest.read(chosen)
-    packing = Packing(chosen, artifact.identity(chosen), shards_out, params, machine)
+    identities = (artifact.identity(chosen), artifact.identity(train))
+    packing = Packing(chosen, train, identities, shards_out, params, machine)
+    listed = packing.listed()
     folders = shards.finished(packing, len(listed), SHARD, scratch, machine.executor, "images", "packing")
     tables = [pq.read_table(artifact.verify(folder) / ROWS) for folder in folders]
     with artifact.writing(shards_out) as to, artifact.writing(out) as tmp:
@@ -67,14 +75,18 @@ class Packing:
     """What a process needs to pack a shard. Threads decode and encode: both release the GIL."""
 
     chosen: Path
-    identity: str
+    train: Path
+    identities: tuple[str, str]
     final: Path
     params: Pack
     machine: Machine
 
+    def listed(self) -> Manifest:
+        return _listed(self.chosen, self.train, self.params.labelled, self.identities)
+
     def __call__(self, shard: shards.Rows) -> int:
         """Write the tars and the rows of a shard; returns the number of its images."""
-        listed = _listed(self.chosen, self.identity)
+        listed = self.listed()
         rows = np.arange(shard.first, shard.last)
         with ThreadPoolExecutor(self.machine.cores(self.machine.workers)) as threads, artifact.writing(shard.folder) as tmp:
             packed = _packed(listed, rows, self.params, threads)
@@ -83,9 +95,9 @@ class Packing:
 
 
 @functools.lru_cache(maxsize=1)
-def _listed(chosen: Path, identity: str) -> Manifest:
-    """The manifest, once in a process; `identity` tells a worker that outlives a run whether it is still that one."""
-    return manifest.read(chosen)
+def _listed(chosen: Path, train: Path, labelled: bool, identities: tuple[str, str]) -> Manifest:
+    """The manifest, once in a process; the identities tell a worker that outlives a run whether it is still that one."""
+    return manifest.to_learn(chosen, train, labelled).seen
 
 
 def _packed(listed: Manifest, rows: np.ndarray, params: Pack, threads: ThreadPoolExecutor) -> Iterator[tuple[bytes, int, int]]:
