@@ -36,6 +36,7 @@ def read(
     LabelsError.
     """
     if (folder / FILE).is_file():
+        artifact.verify(folder)
         return Cached(folder, classes, seen, on, statistics)
     return Online(folder, classes, on, statistics)
 
@@ -52,6 +53,10 @@ class Online:
         self.side, self.size, self.training = self.given.side, self.given.size, description.training
         self.model, self.on = on.place(_frozen(model, statistics)), on
         self.networks = [(self.model, self.size)]
+
+    def canvas(self, side: int) -> int:
+        """The side of the canvases that the views are made from, for a student that would take `side`."""
+        return max(side, self.side)
 
     def viewer(self, size: int, view: images.View | None, seed: int, mix: images.Mix | None = None) -> images.Views:
         """The views of `size` pixels of a training; `view`: as the params ask for, None where they do not."""
@@ -70,7 +75,6 @@ class Cached:
     """
 
     def __init__(self, folder: Path, classes: tuple[str, ...], seen: manifest.Manifest, on: Device, statistics: str) -> None:
-        artifact.verify(folder)
         table = pq.read_table(folder / FILE)
         facts = json.loads(table.schema.metadata[b"facts"])
         if tuple(facts["classes"]) != classes:
@@ -89,6 +93,10 @@ class Cached:
         shape = (len(table), self.views, -1)
         self.classes = _flat(table["classes"]).reshape(shape)  # N, V, m
         self.log_p = _flat(table["log_p"]).reshape(shape)  # N, V, m
+
+    def canvas(self, side: int) -> int:
+        """Always that of the labels: from another one the same draws make other views."""
+        return self.side
 
     def viewer(self, size: int, view: images.View | None, seed: int, mix: images.Mix | None = None) -> images.Views:
         """As `Online.viewer`; raises LabelsError for views that were not labelled."""

@@ -124,3 +124,14 @@ def test_labels_that_do_not_fit_their_views_are_found(
     monkeypatch.setattr(images, "viewer", lambda size, view, seed, mix=None: honest(size, view, seed + next(calls)))
     with pytest.raises(UserError, match="made again, differ"):
         labelled(data, expert, tmp_path / "others", view=strong)
+    assert not (tmp_path / "others").exists()
+    assert not list((tmp_path / "others-scratch").iterdir())
+
+
+def test_a_student_with_a_larger_canvas_replays_the_same_views(data: Path, expert: Path, tmp_path: Path) -> None:
+    labelled(data, expert, tmp_path / "labels", views=2)
+    for side in (16, 20):
+        model = {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 16, "canvas": side}}
+        distilled(data, tmp_path / str(side), tmp_path / "labels", model=model)
+    small, large = weights(tmp_path / "16"), weights(tmp_path / "20")
+    assert all(torch.equal(small[name], large[name]) for name in small)

@@ -99,7 +99,7 @@ def run(
     model, history = fit.fit(
         student,
         divergence,
-        images.load(seen, max(given.side, taught_by.side), cores, machine.memory_gb, "images"),
+        images.load(seen, taught_by.canvas(given.side), cores, machine.memory_gb, "images"),
         taught_by.viewer(max(given.size, taught_by.size), params.view, seed, params.mix),
         params.training,
         seed=seed,

@@ -70,7 +70,7 @@ def run(
     Every stage that takes a model directory sees its deepest exit, an ordinary classifier, unless it names another.
     Raises TrainingError, CheckpointError, ModelError, ExitError; ManifestError if labels are needed and there are none.
     """
-    from_labels = teacher.name == LABELS
+    from_labels = teacher.name == LABELS and teacher.is_file()  # a folder is an entry of that name
     seen, labelled, unlabelled = manifest.to_learn(chosen, train, params.labelled and not from_labels)
     held_out = manifest.read(holdout)
     on = device.pick(machine)
@@ -90,7 +90,7 @@ def run(
             return lambda s: F.cross_entropy(s.float(), y, label_smoothing=smoothing)
     else:
         taught_by = read(teacher, labelled.classes, seen, on)
-        side, size = max(side, taught_by.side), max(size, taught_by.size)
+        side, size = taught_by.canvas(side), max(size, taught_by.size)
         views, frozen, origin = taught_by.viewer(size, params.view, seed), taught_by.networks, taught_by.training
 
         def target(batch: Batch) -> Target:
