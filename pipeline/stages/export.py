@@ -24,7 +24,7 @@ ONNX, PROGRAM, EXAMPLE, CARD = "model.onnx", "model.pt2", "example.py", "README.
 class Export(Section):
     """`model` and `evaluation` are read by dvc.yaml: what to hand over, and the measurement that its card quotes.
 
-    `exit`: of a network with exits, the one to end at (null: the deepest); `evaluation` should be that exit's. `name` and
+    `exit`: of a network with exits, the one to end at (null: the deepest); `evaluation` must be that exit's. `name` and
     `licence` (SPDX) are for the card.
     """
 
@@ -57,12 +57,12 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
 
     `model.onnx` and `model.pt2` take `pixels`, (B, 3, S, S) float32 of 0..255 in RGB, and give `logits`, (B, C). `config.json`
     stands beside `model.safetensors` where timm has the architecture, so that `timm.create_model("local-dir:...")` loads it.
-    `example.py` classifies a picture with onnxruntime. Raises UserError if onnxruntime, or the program loaded again, gives other
-    logits than torch.
+    `example.py` classifies a picture with onnxruntime. Raises UserError if `evaluation` is of another model, or if onnxruntime,
+    or the program loaded again, gives other logits than torch.
     """
     classes = checkpoint.describe(model).classes
     classifier, description, given = network.load(model, classes, params.exit)
-    measured = json.loads((artifact.verify(evaluation) / "evaluation.json").read_text())
+    measured = _measured(evaluation, model, params.exit, given)
     whole = Classifier(classifier, given).eval()
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, classifier, description, json.loads((model / checkpoint.HISTORY).read_text()))
@@ -82,6 +82,20 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
             (tmp / name).write_text(_template(f"export.{name}.jinja").render(facts))
         size = (tmp / checkpoint.WEIGHTS).stat().st_size
     return {"parameters": facts["parameters"], "bytes": size, **{f"{name}_gap": gap for name, gap in gaps.items()}}
+
+
+def _measured(evaluation: Path, model: Path, exit: int | None, given: images.Input) -> dict[str, Any]:
+    """evaluation.json, which the card quotes. Raises UserError if it is of another model, exit or input size."""
+    found: dict[str, Any] = json.loads((artifact.verify(evaluation) / "evaluation.json").read_text())
+    of = artifact.record(evaluation)["inputs"]["model"]
+    if of["identity"] != artifact.identity(model):
+        raise UserError(f"{evaluation} measured {of['path']}, not {model}: the card would show figures of another model.")
+    if (found["model"]["exit"], found["model"]["input"]) != (exit, given.size):
+        raise UserError(
+            f"{evaluation} measured exit {found['model']['exit']} at {found['model']['input']} pixels, and this exports "
+            f"exit {exit} at {given.size}: name an entry of `evaluate` that measures the same."
+        )
+    return found
 
 
 def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Description, given: images.Input) -> bool:
