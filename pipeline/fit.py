@@ -136,6 +136,11 @@ def fit(
     result = model if average is None else average.module
     state = _State(scratch / "checkpoint", model, optimizer, average)
     done = state.resume()
+    if not group.agreed(done.step, device.device):
+        raise TrainingError(
+            f"the processes would go on from different steps, this one from {done.step}: those on other machines do not see "
+            f"the checkpoint in {scratch}. Put that folder on a shared disk, copy it to each machine, or delete it everywhere."
+        )
     order = Order(len(pixels), training.batch, seed)
     if device.compile:
         called = torch.compile(called)  # type: ignore[assignment]

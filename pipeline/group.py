@@ -91,6 +91,15 @@ def mean(value: Tensor) -> Tensor:
     return value / size()
 
 
+def agreed(value: int, device: torch.device) -> bool:
+    """Whether all processes have the same number."""
+    if size() == 1:
+        return True
+    ends = torch.tensor([value, -value], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
+
+
 def _synchronised(layer: BatchNorm) -> nn.Module:
     new = SyncedBatchNorm(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
     new.weight, new.bias = layer.weight, layer.bias

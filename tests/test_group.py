@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from pipeline import artifact, group
+from pipeline import artifact, device, fit, group, images
 from pipeline.errors import UserError
+from pipeline.journal import Journal
+from pipeline.params import Machine
 from tests.conftest import prepared
 
 ROOT = Path(__file__).parent.parent
@@ -88,3 +91,43 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
     assert group.part(12) == slice(4, 8)
     with pytest.raises(UserError, match="multiple of 3"):
         group.part(16)
+
+
+AGREED = """
+import os, sys, torch, torch.distributed as dist
+from pipeline import group
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=rank, world_size=2)
+cpu = torch.device("cpu")
+assert group.agreed(7, cpu)
+assert not group.agreed(7 * rank, cpu)
+dist.destroy_process_group()
+"""
+
+
+def test_processes_that_would_go_on_from_different_steps_notice(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", AGREED, str(tmp_path)]
+    ranks = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
+    assert [process.wait(timeout=100) for process in ranks] == [0, 0]
+
+
+def test_a_group_whose_processes_resume_at_different_steps_does_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "agreed", lambda step, _: step != 0)
+    pixels = images.InMemory(np.zeros((8, 8, 8, 3), np.uint8))
+    with pytest.raises(fit.TrainingError, match="different steps, this one from 0"):
+        fit.fit(
+            torch.nn.Conv2d(3, 1, 1),
+            lambda model, batch: model(batch.views.float()).mean(),
+            pixels,
+            images.viewer(8, images.View(), 0),
+            fit.Training(steps=2, batch=4),
+            seed=0,
+            device=device.pick(Machine(device="cpu")),
+            scratch=tmp_path,
+            journal=Journal(),
+            label="training",
+            check=lambda _: {},
+        )
