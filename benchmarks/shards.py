@@ -65,7 +65,9 @@ def run(folder: Path, where: str, workers: int, kill: bool) -> tuple[float, list
         with (folder / "log.txt").open("a") as log:
             stage = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env={**os.environ, "WINNOW_TRACKING": "off"})
             if kill:
-                while not list(folder.glob(".scratch/dedup/*/pool/*")):
+                while not list(folder.glob(".scratch/dedup/*/pool-val/*.parquet")):  # its first shard
+                    if stage.poll() is not None:
+                        sys.exit(f"the stage ended before a worker could be killed; see {folder / 'log.txt'}")
                     time.sleep(0.05)
                 os.kill((processes or children(stage.pid))[0], signal.SIGKILL)
             if stage.wait():
