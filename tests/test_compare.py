@@ -142,7 +142,7 @@ def four(write: Write, tmp_path: Path) -> Path:
 
 
 def run(evaluations: Path, entries: tuple[str, ...] = ENTRIES, **params: str) -> tuple[Path, Mapping[str, Any]]:
-    out = evaluations.parent / "compare"
+    out = evaluations.parent / "compare" / "results"
     return out, compare.run(Compare(**{"baseline": "baseline", **params}), evaluations=evaluations, out=out, entries=entries)
 
 
@@ -372,13 +372,16 @@ def test_the_page_tells_the_comparison_and_where_it_came_from(four: Path) -> Non
     assert "class 5 5, and 3 more" in text
 
 
-def test_the_gallery_is_linked_where_dedup_drew_one(four: Path) -> None:
+def test_the_gallery_is_linked_where_dedup_drew_one(four: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gallery = four.parent / "dedup" / "gallery" / "index.html"
     gallery.parent.mkdir(parents=True)
     gallery.write_text("<!doctype html>")
     out, _ = run(four)
     [link] = [r for r in Page((out / "report.html").read_text()).references if "gallery" in r]
     assert (out / link).resolve() == gallery.resolve()
+    capsys.readouterr()
+    compare.show(out)
+    assert str(gallery) in capsys.readouterr().err
 
 
 def test_names_from_outside_cannot_break_the_page(write: Write, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def show(out: Path) -> None:
         evaluation = Evaluation.model_validate(e)
         entries.append(Entry(name, evaluation, nothing, nothing, nothing, e["history"], {}, difference, e["agreement"]))
     _print(saved["title"], entries)
-    gallery = _gallery(out.parent)
+    gallery = _gallery(out.parents[1])
     sys.stderr.write(f"\nreport   {out / 'report.html'}\n")
     sys.stderr.write(f"gallery  {gallery}: what was removed from the pool, and why\n" if gallery.exists() else "")
     sys.stderr.write(f"runs     {MLFLOW}\n")
