@@ -5,11 +5,11 @@
 Runs recipes/ablation.yaml as benchmarks.seeds runs a recipe. Times are those of the stages, which a seed ran one after another.
 """
 
-import argparse
 import re
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks import seeds
 
@@ -24,31 +24,28 @@ LADDER = (  # arXiv 2103.05959, MobileNetV3-large on ImageNet, top-1 in percent
 )
 CACHED = ("cached_1", "cached_4")
 ONLINE = "selected"
+Evaluations = dict[str, dict[str, Any]]  # by entry
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time, sharing the cores")
-    parser.add_argument("--commit", default="HEAD", help="the code to run")
-    parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
-    args = parser.parse_args()
+    args = seeds.arguments(__doc__).parse_args()
     start = time.monotonic()
     folders = seeds.repeat(RECIPE, args.seeds, args.jobs, args.commit)
     command = f"python -m benchmarks.ablation --seeds {' '.join(map(str, args.seeds))}"
     how = f"`{command}`\n\n{seeds.machine()}; {time.monotonic() - start:,.0f} s in all."
-    text = f"{how}\n\n{ladder(folders)}\n{cached(folders)}\n{seeds.table(folders)}"
+    found = [seeds.evaluations(folder) for folder in folders]
+    text = f"{how}\n\n{ladder(found)}\n{cached(found, [seconds(folder) for folder in folders])}\n{seeds.table(folders)}"
     print(text)
     if args.out:
         args.out.write_text(text)
 
 
-def top1(folders: list[Path], entry: str) -> list[float]:
-    """Percent of the validation images, of each folder."""
-    return [100 * seeds.evaluations(folder)[entry]["val"]["top1"] for folder in folders]
+def top1(evaluations: list[Evaluations], entry: str) -> list[float]:
+    """Percent of the validation images, of each seed."""
+    return [100 * of_seed[entry]["val"]["top1"] for of_seed in evaluations]
 
 
-def ladder(folders: list[Path]) -> str:
+def ladder(evaluations: list[Evaluations]) -> str:
     """Markdown: each step of the ablation, its gain over the step before, and the paper's."""
     lines = [
         "| entry | what changes | val top-1 % | each seed | over the row before | paper: top-1 % | over the row before |",
@@ -56,7 +53,7 @@ def ladder(folders: list[Path]) -> str:
     ]
     before: tuple[list[float], float] | None = None
     for entry, change, published in LADDER:
-        found = top1(folders, entry)
+        found = top1(evaluations, entry)
         gains = seeds.signed([a - b for a, b in zip(found, before[0], strict=True)]) if before else ""
         theirs = f"{published - before[1]:+.2f}" if before else ""
         each = " / ".join(f"{v:.1f}" for v in found)
@@ -65,21 +62,20 @@ def ladder(folders: list[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cached(folders: list[Path]) -> str:
+def cached(evaluations: list[Evaluations], times: list[dict[str, float]]) -> str:
     """Markdown: accuracy and time of students of kept labels beside the student whose teacher runs with it."""
     lines = [
         "| entry | views kept of each image | val top-1 % | over online | labelling, s | training, s | both / online |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    times = [seconds(folder) for folder in folders]
-    online = top1(folders, ONLINE)
+    online = top1(evaluations, ONLINE)
     training = [t[f"distil.{ONLINE}"] for t in times]
     lines.append(f"| {ONLINE} | online | {seeds.spread(online)} | | | {statistics.mean(training):,.0f} | |")
     for entry in CACHED:
         views = f"views_{entry.removeprefix('cached_')}"
         labelling, learning = [t[f"label.{views}"] for t in times], [t[f"distil.{entry}"] for t in times]
         ratios = [(a + b) / c for a, b, c in zip(labelling, learning, training, strict=True)]
-        found = top1(folders, entry)
+        found = top1(evaluations, entry)
         gaps = seeds.signed([a - b for a, b in zip(found, online, strict=True)])
         lines.append(
             f"| {entry} | {views.removeprefix('views_')} | {seeds.spread(found)} | {gaps} | {statistics.mean(labelling):,.0f} "

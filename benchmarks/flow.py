@@ -56,12 +56,16 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **quiet, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PATH": path, **more}
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[dict[str, str]]:
     """A Prefect server; the variables that name it."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     env = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "server.log").open("wb") as log:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.pack data/raw/imagenet-samples-300.tar [--side 256] [--threads 1] [--rounds 7]
 
-Both go through the same reader as training (`images.OnDisk`: read, check the CRC, decode, resize, crop). The
+Both go through the same reader as training (`inputs.OnDisk`: read, check the CRC, decode, resize, crop). The
 bare decode of the original files by OpenCV, from memory and without resizing, stands beside them.
 """
 
@@ -18,10 +18,13 @@ import cv2
 import numpy as np
 
 from benchmarks.seeds import machine
-from pipeline import images, manifest
-from pipeline.params import Machine
-from pipeline.sources import Folder, Tar
+from benchmarks.throughput import clock
+from pipeline.harness.machine import Machine
+from pipeline.models.inputs import OnDisk
+from pipeline.sources.folder import Folder
+from pipeline.sources.tar import Tar
 from pipeline.stages import pack, prepare
+from pipeline.store import manifest
 
 
 def main() -> None:
@@ -56,7 +59,7 @@ def main() -> None:
         cv2.setNumThreads(1)
 
         def canvases(of: manifest.Manifest) -> Callable[[], object]:
-            reader = images.OnDisk(of, args.side, args.threads)
+            reader = OnDisk(of, args.side, args.threads)
             return lambda: reader.gather(rows)
 
         work = {
@@ -73,12 +76,6 @@ def main() -> None:
         ratios = [t["original files"] / t[name] for t in times]
         rate = count / statistics.median(t[name] for t in times)
         print(f"| {name} | {rate:,.0f} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |")
-
-
-def clock(do: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    do()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline import artifact, manifest
 from pipeline.stages import select
+from pipeline.store import artifact, manifest
 
 NONE = -1  # the number of "no class"
 

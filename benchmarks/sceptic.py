@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from benchmarks import seeds
-from pipeline.stages.dedup import Dedup
+from pipeline.leaks.decision import Dedup
 
 LEVELS: tuple[str, ...] = get_args(get_type_hints(Dedup)["strictness"])
 

@@ -27,12 +27,8 @@ UNSEEDED = ("prepare", "dedup")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time, sharing the cores")
-    parser.add_argument("--commit", default="HEAD", help="the code to run")
-    parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     args = parser.parse_args()
     start = time.monotonic()
     folders = repeat(args.recipe, args.seeds, args.jobs, args.commit)
@@ -42,6 +38,16 @@ def main() -> None:
     if args.out:
         command = f"python -m benchmarks.seeds {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
         args.out.write_text(f"`{command}`\n\n{text}")
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that repeats a recipe, and writes what it finds as Markdown."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time, sharing the cores")
+    parser.add_argument("--commit", default="HEAD", help="the code to run")
+    parser.add_argument("--out", type=Path, help="also write what is printed to this Markdown file")
+    return parser
 
 
 def repeat(recipe: Path, seeds: list[int], jobs: int, commit: str) -> list[Path]:

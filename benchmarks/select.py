@@ -24,9 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import artifact, manifest
-from pipeline.params import Machine
+from pipeline.harness.machine import Machine
 from pipeline.stages import select
+from pipeline.store import artifact, manifest
 
 BATCH = 1 << 18
 

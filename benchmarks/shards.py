@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,8 @@ import numpy as np
 import yaml
 
 from benchmarks import seeds
-from pipeline import artifact, manifest
+from benchmarks.flow import free_port
+from pipeline.store import artifact, manifest
 
 OUTS = ("pool", "train", "leaks", "gallery")
 
@@ -78,9 +78,7 @@ def run(folder: Path, where: str, workers: int, kill: bool) -> tuple[float, list
 @contextlib.contextmanager
 def cluster(folder: Path, workers: int) -> Iterator[tuple[str, list[int]]]:
     """A scheduler and so many workers of one thread; the executor, and the processes of the workers."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     bin = Path(sys.executable).parent
     quiet = {**os.environ, "WINNOW_TRACKING": "off"}
     with contextlib.ExitStack() as ends, (folder / "dask.txt").open("a") as log:

@@ -24,8 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.seeds import machine
-from pipeline import device, fit, images, manifest, models, predict
-from pipeline.params import Machine
+from pipeline.harness.machine import Machine
+from pipeline.learning import views
+from pipeline.learning.loop import fit, optimisers
+from pipeline.models import architectures, device, inputs, prediction
+from pipeline.store import manifest
 
 TRAINED: list[tuple[str, dict[str, object], int]] = [
     ("resnet8", {"width": 32, "shortcut": "B", "stem_stride": 2}, 20),
@@ -44,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for arch, side, batches in (("resnet56", 32, 4), ("resnet18", 224, 1)):
             ours, bare, folded = scoring(Path(folder), arch, side, batches, on, args.threads)
-            count = batches * predict.BATCH
+            count = batches * prediction.BATCH
             report(f"scoring, {arch}, {side} px", ours, bare, count, args.rounds)
             report(f"scoring, {arch}, {side} px, bare forward with folded BN", ours, folded, count, args.rounds)
     for arch, options, steps in TRAINED:
@@ -61,22 +64,22 @@ def report(name: str, ours: Callable[[], None], bare: Callable[[], None], count:
     )
 
 
-def clock(work: Callable[[], None]) -> float:
+def clock(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def scoring(folder: Path, arch: str, side: int, batches: int, on: device.Device, threads: int) -> tuple[Callable[[], None], ...]:
-    pool = pictures(folder / str(side), batches * predict.BATCH, side)
-    given = images.Input(size=side)
-    plain = on.place(models.create(arch, 1000)).eval()
-    folded = on.place(predict.folded(models.create(arch, 1000)))
-    ready = on.batch(torch.randn(predict.BATCH, 3, side, side).to(memory_format=torch.channels_last))
+    pool = pictures(folder / str(side), batches * prediction.BATCH, side)
+    given = inputs.Input(size=side)
+    plain = on.place(architectures.create(arch, 1000)).eval()
+    folded = on.place(prediction.folded(architectures.create(arch, 1000)))
+    ready = on.batch(torch.randn(prediction.BATCH, 3, side, side).to(memory_format=torch.channels_last))
 
     def ours() -> None:
-        pixels = images.OnDisk(pool, side, threads)
-        for _ in predict.logits(folded, pixels, given, on):
+        pixels = inputs.OnDisk(pool, side, threads)
+        for _ in prediction.logits(folded, pixels, given, on):
             pass
 
     def bare(model: nn.Module) -> Callable[[], None]:
@@ -95,24 +98,24 @@ def training(
     arch: str, options: dict[str, object], steps: int, on: device.Device
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     batch = 128
-    given = images.Input(size=32)
+    given = inputs.Input(size=32)
     labels = torch.randint(0, 10, (4096,))
-    pixels = images.InMemory(np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8))
-    plan = fit.Training(steps=steps, batch=batch)
+    pixels = inputs.InMemory(np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8))
+    plan = optimisers.Training(steps=steps, batch=batch)
 
     class Silent:
         def log(self, step: int | None = None, **values: float) -> None:
             pass
 
     def ours() -> None:
-        model = models.create(arch, 10, options)
+        model = architectures.create(arch, 10, options)
 
-        def loss(model: nn.Module, batch: fit.Batch) -> Tensor:
-            return F.cross_entropy(model(images.normalise(batch.views, given)).float(), labels[batch.rows].to(on.device))
+        def loss(model: nn.Module, batch: views.Batch) -> Tensor:
+            return F.cross_entropy(model(inputs.normalise(batch.views, given)).float(), labels[batch.rows].to(on.device))
 
         with tempfile.TemporaryDirectory() as scratch:
             fit.fit(
-                *(model, loss, pixels, images.viewer(32, images.View(), 0), plan),
+                *(model, loss, pixels, views.viewer(32, views.View(), 0), plan),
                 seed=0,
                 device=on,
                 scratch=Path(scratch),
@@ -122,7 +125,7 @@ def training(
             )
 
     def bare() -> None:
-        model = on.place(models.create(arch, 10, options)).train()
+        model = on.place(architectures.create(arch, 10, options)).train()
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True)
         x = on.batch(torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last))
         y = labels[:batch].to(on.device)

@@ -351,9 +351,10 @@ async def winnow(
     failed = await in_order(graph, todo, start, at_once, theirs)
     log.info("%d stages in %s", len(todo), timedelta(seconds=round(time.monotonic() - began)))
     await flush(where)
-    await report(where, [s for s in plan if s not in graph.affected(failed)])
+    affected = graph.affected(failed)
+    await report(where, [s for s in plan if s not in affected])
     if failed:
-        held = [s for s in todo if s in graph.affected(failed) and s not in failed]
+        held = [s for s in todo if s in affected and s not in failed]
         why = "; ".join(f"{s}: {error}" for s, error in failed.items())
         raise NotAllDone(why + (f". Not run: {', '.join(held)}" if held else ""))
     if folder != workspace:
@@ -441,7 +442,7 @@ async def report(where: Where, current: list[str]) -> None:
     table = where.folder / TABLE
     if "compare" in current and table.is_file():
         await acreate_markdown_artifact(table.read_text(), key=artifact_key("comparison"), description="All models, measured")
-    command = ["python", "-m", "pipeline.registry", *(s.replace("@", ".") for s in current)]
+    command = ["python", "-m", "pipeline.tracking.champion", *(s.replace("@", ".") for s in current)]
     ended = await child.run(command, cwd=where.folder, env={**dag.environment(), **where.env})
     if ended.code:
         get_run_logger().warning("MLflow has no run of this whole run: %s", ended.text)

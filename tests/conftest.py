@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pipeline.params import Machine
-from pipeline.sources import Folder
+from pipeline.harness.machine import Machine
+from pipeline.sources.folder import Folder
 from pipeline.stages import prepare
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import artifact, manifest
+from pipeline.store import artifact, manifest
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(1500)  # seconds; on two idle cores all of it takes about one minute

@@ -12,7 +12,7 @@ import numpy as np
 from imagededup.methods import PHash as ImagededupPHash  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from PIL import Image
 
-from pipeline import sift
+from pipeline.leaks import features
 
 RATIO = 0.8  # Lowe 2004
 REPROJECTION = 0.02  # RANSAC's tolerance, in units of the longest side
@@ -21,14 +21,14 @@ REPROJECTION = 0.02  # RANSAC's tolerance, in units of the longest side
 class Exhaustive:
     """Each query matched with each gallery image and its mirror image; the score is RANSAC's inliers of a homography."""
 
-    def __init__(self, gallery: Sequence[sift.Picture]) -> None:
-        both = [f for p in gallery for f in (p.features, sift.mirrored(p.features, float(p.extent[0])))]
+    def __init__(self, gallery: Sequence[features.Picture]) -> None:
+        both = [f for p in gallery for f in (p.features, features.mirrored(p.features, float(p.extent[0])))]
         self.starts = np.r_[0, np.cumsum([len(f) for f in both])]
         self.points = np.concatenate([f.points for f in both])[:, :2]
         self.descriptors = np.concatenate([f.descriptors for f in both]).astype(np.float32)
         self.norms = (self.descriptors**2).sum(1)
 
-    def scores(self, query: sift.Picture) -> np.ndarray:
+    def scores(self, query: features.Picture) -> np.ndarray:
         """(gallery images,) inliers."""
         q = query.features.descriptors.astype(np.float32)
         distance = self.norms - 2 * q @ self.descriptors.T + (q**2).sum(1)[:, None]

@@ -9,11 +9,11 @@ import numpy as np
 
 from benchmarks.dedup import families
 from benchmarks.dedup.peers import Exhaustive, Hashes, imagededup_bits, imagehash_bits
-from pipeline import progress, sift
-from pipeline.decode import decode
-from pipeline.stages import dedup
+from pipeline.harness import progress
+from pipeline.leaks import features, index, search, verdict
+from pipeline.store.decode import decode
 
-Score = Callable[[np.ndarray, sift.Picture], np.ndarray]
+Score = Callable[[np.ndarray, features.Picture], np.ndarray]
 
 
 def photographs(tar: Path, seed: int) -> list[np.ndarray]:
@@ -27,26 +27,26 @@ def photographs(tar: Path, seed: int) -> list[np.ndarray]:
 class Ours:
     """The leak check as the stage runs it, on images in memory."""
 
-    def __init__(self, gallery: list[sift.Picture]) -> None:
-        bag = sift.bag([picture.features for picture in gallery])
+    def __init__(self, gallery: list[features.Picture]) -> None:
+        bag = features.bag([picture.features for picture in gallery])
         self.gallery = gallery
-        self.index = sift.VotingIndex.build(len(bag.owner), [bag], bag.descriptors)
+        self.index = index.VotingIndex.build(len(bag.owner), [bag], bag.descriptors)
 
-    def scores(self, query: sift.Picture) -> np.ndarray:
+    def scores(self, query: features.Picture) -> np.ndarray:
         """(gallery images,) 2 removed, 1 review, 0 nothing."""
         scores = np.zeros(len(self.gallery))
-        for row in dedup.findings(iter([query]), self.index, self.gallery):
+        for row in search.findings(iter([query]), self.index, self.gallery):
             if row.get("match") is not None:
                 scores[row["match"]] = 2 if row["outcome"] == "removed" else 1
         return scores
 
 
-def same_rule_without_index(gallery: list[sift.Picture], query: sift.Picture) -> np.ndarray:
+def same_rule_without_index(gallery: list[features.Picture], query: features.Picture) -> np.ndarray:
     """As `Ours.scores`, with every gallery image a candidate, mirrored too: what the index may lose at most."""
     count = np.arange(len(gallery))
-    every = sift.Candidates(np.zeros(2 * len(gallery), int), np.repeat(count, 2), np.tile([False, True], len(gallery)))
+    every = index.Candidates(np.zeros(2 * len(gallery), int), np.repeat(count, 2), np.tile([False, True], len(gallery)))
     scores = np.zeros(len(gallery))
-    for row in dedup.verified([query], every, gallery):
+    for row in search.verified([query], every, gallery):
         scores[row["match"]] = 2 if row["outcome"] == "removed" else 1
     return scores
 
@@ -61,7 +61,7 @@ class Tally:
         self.removed = self.review = 0
 
     def distractor(self, image: np.ndarray) -> None:
-        picture = sift.extract(image)
+        picture = features.extract(image)
         for method, scores in self.methods.items():
             best = scores(image, picture).max()
             self.wrong[method] = max(self.wrong[method], best)
@@ -70,7 +70,7 @@ class Tally:
                 self.review += best == REVIEW
 
     def copy(self, kind: str, image: np.ndarray, original: int) -> None:
-        picture = sift.extract(image)
+        picture = features.extract(image)
         for method, scores in self.methods.items():
             of = scores(image, picture)
             self.right[method].setdefault(kind, []).append(of[original])
@@ -98,7 +98,7 @@ def recall(images: Path, gallery_size: int, copies: int, seed: int) -> str:
     """The table of recalls per family of copies; the photographs that are not in the gallery are the distractors."""
     photos = photographs(images, seed)
     originals, others = photos[:gallery_size], photos[gallery_size:]
-    gallery = [sift.extract(image) for image in originals]
+    gallery = [features.extract(image) for image in originals]
     ours, exhaustive = Ours(gallery), Exhaustive(gallery)
     hashes, other_hashes = (Hashes(bits, originals) for bits in (imagehash_bits, imagededup_bits))
     tally = Tally(
@@ -148,7 +148,7 @@ def logos(images: Path, count: int, seed: int) -> str:
     photos = [cv2.resize(image, (400, 300), interpolation=cv2.INTER_AREA) for image in photographs(images, seed)[:count]]
     lines = ["| overlay | pairs | at least 8 inliers | most inliers | removed | review |", "| --- " + "| ---: " * 5 + "|"]
     for name, overlay in OVERLAYS.items():
-        pictures = [sift.extract(overlay(image)) for image in photos]
+        pictures = [features.extract(overlay(image)) for image in photos]
         pairs = [(a, b) for i, a in enumerate(pictures) for b in pictures[:i]]
         seen = list(_judged(progress.track(pairs, len(pairs), "pairs", f"logos: {name}")))
         inliers = np.array([n for n, _ in seen])
@@ -158,7 +158,7 @@ def logos(images: Path, count: int, seed: int) -> str:
     return "\n".join([*lines, "", f"{count} photographs, every pair of them, seed {seed}."])
 
 
-def _judged(pairs: Iterable[tuple[sift.Picture, sift.Picture]]) -> Iterable[tuple[int, str | None]]:
+def _judged(pairs: Iterable[tuple[features.Picture, features.Picture]]) -> Iterable[tuple[int, str | None]]:
     for a, b in pairs:
-        seen = sift.examine(a, b, False)
+        seen = verdict.examine(a, b, False)
         yield (seen[0].inliers, seen[2].outcome) if seen else (0, None)

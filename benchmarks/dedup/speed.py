@@ -10,9 +10,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from pipeline import progress, sift
-from pipeline.decode import decode
-from pipeline.stages import dedup
+from pipeline.harness import progress
+from pipeline.leaks import features, search
+from pipeline.leaks.index import EXACT, VotingIndex
+from pipeline.store.decode import decode
 
 ROUNDS = 3
 PART = 250_000  # features entered at a time
@@ -21,30 +22,30 @@ PART = 250_000  # features entered at a time
 class Made(NamedTuple):
     """A gallery of made-up images: row i shows picture i modulo the number of real ones."""
 
-    pictures: list[sift.Picture]
+    pictures: list[features.Picture]
 
-    def __getitem__(self, row: int) -> sift.Picture:  # type: ignore[override]
+    def __getitem__(self, row: int) -> features.Picture:  # type: ignore[override]
         return self.pictures[row % len(self.pictures)]
 
 
-def bags(pictures: list[sift.Picture], images: int, per_image: int, seed: int) -> Iterator[sift.Bag]:
+def bags(pictures: list[features.Picture], images: int, per_image: int, seed: int) -> Iterator[features.Bag]:
     """Features of `images` made-up images: real ones, jittered so that no two are alike, dealt out at random."""
     random = np.random.default_rng(seed)
-    real = sift.bag([picture.features for picture in pictures])
+    real = features.bag([picture.features for picture in pictures])
     for start in range(0, images * per_image, PART):
         count = min(PART, images * per_image - start)
         rows = random.integers(len(real.owner), size=count)
         noise = random.normal(0, 14, (count, 128)).astype(np.float32)
         descriptors = np.clip(real.descriptors[rows] + noise, 0, 255).astype(np.uint8)
         owner = ((start + np.arange(count)) // per_image).astype(np.int32)
-        yield sift.Bag(owner, real.points[random.integers(len(real.owner), size=count)], descriptors)
+        yield features.Bag(owner, real.points[random.integers(len(real.owner), size=count)], descriptors)
 
 
 def bare(data: list[bytes]) -> None:
     """Decode, scale and extract with OpenCV, and nothing else."""
-    detector = getattr(cv2, "SIFT_create")(sift.KEYPOINTS, 3, 0.01, 10, 1.6)  # noqa: B009
+    detector = getattr(cv2, "SIFT_create")(features.KEYPOINTS, 3, 0.01, 10, 1.6)  # noqa: B009
     for encoded in data:
-        detector.detectAndCompute(sift.resize(cv2.cvtColor(decode(encoded), cv2.COLOR_RGB2GRAY), sift.SIDE), None)
+        detector.detectAndCompute(features.resize(cv2.cvtColor(decode(encoded), cv2.COLOR_RGB2GRAY), features.SIDE), None)
 
 
 def measure(images: Path, sizes: list[int], count: int, seed: int) -> str:
@@ -52,7 +53,7 @@ def measure(images: Path, sizes: list[int], count: int, seed: int) -> str:
     with tarfile.open(images) as archive:
         data = [archive.extractfile(m).read() for m in archive if m.isfile()]  # type: ignore[union-attr]
     half = len(data) // 2
-    pictures, queries = [sift.extract(decode(encoded)) for encoded in data[:half]], data[half : half + count]
+    pictures, queries = [features.extract(decode(encoded)) for encoded in data[:half]], data[half : half + count]
     per_image = round(np.mean([len(picture.features) for picture in pictures]))
     lines = [
         "| gallery | index entries | index | build | bare | leak check | share | memory | 14 M images |",
@@ -62,19 +63,19 @@ def measure(images: Path, sizes: list[int], count: int, seed: int) -> str:
         start = time.process_time()
         sample = np.concatenate([bag.descriptors for bag in bags(pictures, max(1, size // 8), per_image, seed + 1)])
         parts = progress.track(bags(pictures, size, per_image, seed), None, "parts", f"speed: index of {size:,}")
-        index = sift.VotingIndex.build(size * per_image, parts, sample)
+        index = VotingIndex.build(size * per_image, parts, sample)
         built = time.process_time() - start
         costs: list[tuple[float, float]] = []
         for _ in range(ROUNDS):
             start = time.process_time()
             bare(queries)
             middle = time.process_time()
-            dedup.findings((sift.extract(decode(encoded)) for encoded in queries), index, Made(pictures))
+            search.findings((features.extract(decode(encoded)) for encoded in queries), index, Made(pictures))
             costs.append((middle - start, time.process_time() - middle))
         least, most = (1e3 * min(cost[i] for cost in costs) / len(queries) for i in (0, 1))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         entries = 2 * size * per_image
-        stored = (16 + 8) * entries / 1e6 if entries > sift.EXACT else 512 * entries / 1e6
+        stored = (16 + 8) * entries / 1e6 if entries > EXACT else 512 * entries / 1e6
         lines.append(
             f"| {size:,} | {entries / 1e6:.1f} M | {stored:,.0f} MB | {built:.0f} s "
             f"| {least:.2f} ms | {most:.2f} ms | {least / most:.0%} "

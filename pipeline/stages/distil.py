@@ -8,10 +8,15 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
-from pipeline import artifact, checkpoint, device, fit, images, losses, manifest, models, network, predict, stage
-from pipeline.images import Mix, View
-from pipeline.params import Machine, Section
-from pipeline.teacher import read
+from pipeline.harness import stage
+from pipeline.harness.machine import Machine
+from pipeline.learning import losses, views
+from pipeline.learning.loop import fit, optimisers
+from pipeline.learning.teachers import read
+from pipeline.learning.views import Mix, View
+from pipeline.models import architectures, checkpoint, device, inputs, network, prediction
+from pipeline.store import artifact, manifest
+from pipeline.store.params import Section
 
 UNKNOWN = -1  # the label of an image that has none
 
@@ -41,7 +46,7 @@ class Distil(Section):
     teacher_bn: Literal["eval", "batch"] = "eval"
     view: View | None = None
     mix: Mix = Mix()
-    training: fit.Training
+    training: optimisers.Training
     note: str | None = None
 
     @model_validator(mode="after")
@@ -79,7 +84,7 @@ def run(
     on = device.pick(machine)
     student, description = network.start(params.model, init, labelled.classes, seed, from_layer=params.from_layer)
     student = on.place(student)
-    given = images.Input.model_validate(description.input)
+    given = inputs.Input.model_validate(description.input)
     taught_by = read(teacher, labelled.classes, seen, on, params.teacher_bn)
     cores = machine.cores(machine.workers)
     known = taught_by.training.get("labelled", 0)
@@ -88,9 +93,9 @@ def run(
         hard = torch.from_numpy(part.labels_of(seen, UNKNOWN))
         known = max(known, len(part) if params.labels is not None else len(labelled) + len(held_out))
 
-    def divergence(model: nn.Module, batch: fit.Batch) -> Tensor:
+    def divergence(model: nn.Module, batch: views.Batch) -> Tensor:
         t = taught_by.logits(batch)  # B, C
-        s = model(images.normalise(batch.views, given))
+        s = model(inputs.normalise(batch.views, given))
         value = params.loss(s, t)
         if params.alpha < 1:
             value = params.alpha * value + (1 - params.alpha) * cross_entropy(s, hard[batch.rows].to(on.device))
@@ -99,7 +104,7 @@ def run(
     model, history = fit.fit(
         student,
         divergence,
-        images.load(seen, taught_by.canvas(given.side), cores, machine.memory_gb, "images"),
+        inputs.load(seen, taught_by.canvas(given.side), cores, machine.memory_gb, "images"),
         taught_by.viewer(max(given.size, taught_by.size), params.view, seed, params.mix),
         params.training,
         seed=seed,
@@ -107,8 +112,8 @@ def run(
         scratch=scratch,
         journal=journal,
         label="distilling",
-        check=predict.checker(
-            images.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on
+        check=prediction.checker(
+            inputs.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on
         ),
         checkpoint_minutes=machine.checkpoint_minutes,
     )
@@ -119,11 +124,11 @@ def run(
         known,
         unlabelled,
         params.note or origin.get("note"),
-        macs=models.macs_of_training(model, given.size, *taught_by.networks),
+        macs=architectures.macs_of_training(model, given.size, *taught_by.networks),
     )
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)
-    facts = {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model)}
+    facts = {"steps": params.training.steps, "images": len(seen), "parameters": architectures.parameters_of(model)}
     return facts | fit.final(history)
 
 

@@ -5,9 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from pipeline import artifact, checkpoint, images, models, network, stage
-from pipeline.checkpoint import Description
-from pipeline.params import Section
+from pipeline.harness import stage
+from pipeline.models import architectures, checkpoint, inputs, network
+from pipeline.models.checkpoint import Description
+from pipeline.store import artifact
+from pipeline.store.params import Section
 
 
 class Ensemble(Section):
@@ -29,7 +31,7 @@ def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metr
     members: list[dict[str, Any]] = []
     trained: list[nn.Module] = []
     for model, found, given in loaded:
-        if isinstance(model, models.Ensemble):
+        if isinstance(model, architectures.Ensemble):
             members += model.described
             trained += model.members
         else:
@@ -38,17 +40,17 @@ def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metr
             trained.append(model)
     size, side = (max(getattr(given, name) for _, _, given in loaded) for name in ("size", "side"))
     options = {"members": members, "size": size}
-    whole = models.create(models.ENSEMBLE, len(classes), options)
-    assert isinstance(whole, models.Ensemble)
+    whole = architectures.create(architectures.ENSEMBLE, len(classes), options)
+    assert isinstance(whole, architectures.Ensemble)
     for member, model in zip(whole.members, trained, strict=True):
         member.load_state_dict(model.state_dict())
-    seen = images.Input(size=size, canvas=side, mean=(0, 0, 0), std=(1, 1, 1))
+    seen = inputs.Input(size=size, canvas=side, mean=(0, 0, 0), std=(1, 1, 1))
     description = Description(
-        models.ENSEMBLE, classes, seen.model_dump(mode="json"), options, _together(loaded[0][1], loaded[1][1])
+        architectures.ENSEMBLE, classes, seen.model_dump(mode="json"), options, _together(loaded[0][1], loaded[1][1])
     )
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, whole, description, {"train": [], "holdout": []})
-    return {"members": len(members), "parameters": models.parameters_of(whole)}
+    return {"members": len(members), "parameters": architectures.parameters_of(whole)}
 
 
 def _together(first: Description, second: Description) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from pipeline import artifact, checkpoint, images, models, network, stage
 from pipeline.errors import UserError
-from pipeline.params import Section
+from pipeline.harness import stage
+from pipeline.models import architectures, checkpoint, inputs, network
+from pipeline.store import artifact
+from pipeline.store.params import Section
 
 BATCHES = (1, 3)  # whose logits are compared: any number of images must do
 TOLERANCE = 1e-3  # of the largest logit
@@ -41,7 +43,7 @@ class Classifier(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, model: nn.Module, given: images.Input) -> None:
+    def __init__(self, model: nn.Module, given: inputs.Input) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("mean", 255 * torch.tensor(given.mean).view(1, 3, 1, 1))
@@ -72,8 +74,8 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
             "params": params,
             "description": description,
             "given": given,
-            "parameters": models.parameters_of(classifier),
-            "macs": models.macs(classifier, given.size),
+            "parameters": architectures.parameters_of(classifier),
+            "macs": architectures.macs(classifier, given.size),
             "val": measured["val"],
             "training": measured["training"],
             "timm": known_to_timm,
@@ -84,7 +86,7 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
     return {"parameters": facts["parameters"], "bytes": size, **{f"{name}_gap": gap for name, gap in gaps.items()}}
 
 
-def _measured(evaluation: Path, model: Path, exit: int | None, given: images.Input) -> dict[str, Any]:
+def _measured(evaluation: Path, model: Path, exit: int | None, given: inputs.Input) -> dict[str, Any]:
     """evaluation.json, which the card quotes. Raises UserError if it is of another model, exit or input size."""
     found: dict[str, Any] = json.loads((artifact.verify(evaluation) / "evaluation.json").read_text())
     of = artifact.record(evaluation)["inputs"]["model"]
@@ -98,7 +100,7 @@ def _measured(evaluation: Path, model: Path, exit: int | None, given: images.Inp
     return found
 
 
-def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Description, given: images.Input) -> bool:
+def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Description, given: inputs.Input) -> bool:
     """Write timm's config.json if timm can make this network by itself; whether it can."""
     import timm
 

@@ -13,14 +13,16 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from pipeline import artifact, device, images, manifest, predict, shards, stage
 from pipeline.errors import UserError
-from pipeline.fit import Batch
-from pipeline.images import View
-from pipeline.params import Machine, Section
-from pipeline.teacher import FILE, Cached, Online, columns
+from pipeline.harness import shards, stage
+from pipeline.harness.machine import Machine
+from pipeline.learning.teachers import FILE, Cached, Online, columns
+from pipeline.learning.views import Batch, View
+from pipeline.models import device, inputs, prediction
+from pipeline.store import artifact, manifest
+from pipeline.store.params import Section
 
-SHARD = 16 * predict.BATCH  # images; a killed run loses at most one shard
+SHARD = 16 * prediction.BATCH  # images; a killed run loses at most one shard
 TOLERANCE = 0.05  # of a probability: half precision, and logits that change in their last digits with the batch
 
 
@@ -99,7 +101,7 @@ class Labelling:
     seed: int
     machine: Machine
 
-    def opened(self) -> tuple[Online, images.Pixels, manifest.ToLearn]:
+    def opened(self) -> tuple[Online, inputs.Pixels, manifest.ToLearn]:
         return _opened(self)
 
     def __call__(self, shard: shards.Rows) -> int:
@@ -113,19 +115,19 @@ class Labelling:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(labelling: Labelling) -> tuple[Online, images.Pixels, manifest.ToLearn]:
+def _opened(labelling: Labelling) -> tuple[Online, inputs.Pixels, manifest.ToLearn]:
     learned = manifest.to_learn(labelling.chosen, labelling.train, labelling.params.labelled)
     expert = Online(labelling.teacher, learned.labelled.classes, device.pick(labelling.machine))
-    return expert, images.OnDisk(learned.seen, expert.side, labelling.machine.cores(labelling.machine.workers)), learned
+    return expert, inputs.OnDisk(learned.seen, expert.side, labelling.machine.cores(labelling.machine.workers)), learned
 
 
-def _logits(expert: Online, pixels: images.Pixels, rows: np.ndarray, params: Label, seed: int) -> list[Tensor]:
+def _logits(expert: Online, pixels: inputs.Pixels, rows: np.ndarray, params: Label, seed: int) -> list[Tensor]:
     """The (N, C) logits of each view of `rows`, in batches of one size."""
     views = expert.viewer(expert.size, params.view, seed)
     found: list[list[Tensor]] = [[] for _ in range(params.views)]
-    parts = [rows[start : start + predict.BATCH] for start in range(0, len(rows), predict.BATCH)]
-    full = [np.concatenate([part, np.full(predict.BATCH - len(part), part[0])]) for part in parts]
-    for part, whole, raw in zip(parts, full, images.ahead(lambda i: pixels.gather(full[i]), range(len(full))), strict=True):
+    parts = [rows[start : start + prediction.BATCH] for start in range(0, len(rows), prediction.BATCH)]
+    full = [np.concatenate([part, np.full(prediction.BATCH - len(part), part[0])]) for part in parts]
+    for part, whole, raw in zip(parts, full, inputs.ahead(lambda i: pixels.gather(full[i]), range(len(full))), strict=True):
         canvases = expert.on.batch(raw)
         for number in range(params.views):
             passes = np.full(len(whole), number)
@@ -134,7 +136,7 @@ def _logits(expert: Online, pixels: images.Pixels, rows: np.ndarray, params: Lab
     return [torch.cat(batches) for batches in found]
 
 
-def _gap(expert: Online, cached: Cached, pixels: images.Pixels, params: Label, seed: int) -> float:
+def _gap(expert: Online, cached: Cached, pixels: inputs.Pixels, params: Label, seed: int) -> float:
     """The largest difference of a kept probability between the file and the teacher, on views made anew in another order."""
     count = min(params.check, len(pixels))
     if not count:

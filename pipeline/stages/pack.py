@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
-from pipeline import artifact, manifest, shards, stage
-from pipeline.decode import ImageRefused, decode
-from pipeline.manifest import Manifest
-from pipeline.params import Machine, Section
-from pipeline.sources import Shards
+from pipeline.harness import shards, stage
+from pipeline.harness.machine import Machine
+from pipeline.sources.tars import Tars
+from pipeline.store import artifact, manifest
+from pipeline.store.decode import ImageRefused, decode
+from pipeline.store.manifest import Manifest
+from pipeline.store.params import Section
 
 SHARD = 8192  # images; a killed run loses at most one shard
 CHUNK = 64  # images that a thread takes at a time
@@ -128,7 +130,7 @@ def _reduced(listed: Manifest, row: int, data: bytes, params: Pack) -> tuple[byt
 def _shard(listed: Manifest, rows: np.ndarray, packed: Iterator[tuple[bytes, int, int]], folder: Path, final: Path) -> pa.Table:
     """Write the tars of a shard to `folder`; its rows of the manifest, as if they lay in `final`."""
     columns: dict[str, list[object]] = {name: [] for name in ("path", "offset", "size", "width", "height", "crc32")}
-    with Shards(folder, final) as tars:
+    with Tars(folder, final) as tars:
         for number, (data, width, height) in enumerate(packed):
             path, offset = tars.add(f"{number:06}.jpg", data)
             for name, value in zip(columns, (path, offset, len(data), width, height, zlib.crc32(data)), strict=True):

@@ -5,10 +5,9 @@ stage before the long part; then every image is read once, checked and measured.
 uncompressed tars on the way, so that everything behind this stage sees files and tar members only.
 """
 
-import zlib
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -19,24 +18,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pipeline import artifact, decode, manifest, progress, sources, stage
-from pipeline.params import Machine, Section
-from pipeline.sources import Listing, Shards, Source, SourceError, some
-from pipeline.stage import Metrics
-
-MAX_BYTES = 1 << 30  # of a file: a larger one is no image, and is not read
-
-MEASURED = pa.schema([("width", pa.int32()), ("height", pa.int32()), ("crc32", pa.uint32()), ("reason", pa.string())])
-QUARANTINE = pa.schema(
-    [
-        ("id", pa.string()),
-        ("path", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("role", pa.string()),  # labelled, val or pool
-        ("reason", pa.string()),  # "<kind>" or "<kind>: <detail>"
-    ]
-)
+from pipeline.harness import stage
+from pipeline.harness.machine import Machine
+from pipeline.harness.stage import Metrics
+from pipeline.sources.checking import check_images, reasons_of, refused_of
+from pipeline.sources.listing import Listing, Source, list_files
+from pipeline.sources.source import SourceError, some
+from pipeline.sources.tars import Tars
+from pipeline.store import artifact, decode, manifest
+from pipeline.store.params import Section
 
 TRAIN, HOLDOUT, REST = range(3)
 
@@ -88,22 +78,24 @@ def run(
         outs = (train_out, holdout_out, val_out, pool_out, quarantine_out)
         train_to, holdout_to, val_to, pool_to, quarantine_to = [stack.enter_context(artifact.writing(out)) for out in outs]
         listed = [
-            sources.listed(params.labelled, "labelled", root, Shards(train_to, train_out)),
-            sources.listed(params.val, "val", root, Shards(val_to, val_out)),
-            sources.listed(params.pool, "pool", root, Shards(pool_to, pool_out)),
+            list_files(params.labelled, "labelled", root, Tars(train_to, train_out)),
+            list_files(params.val, "val", root, Tars(val_to, val_out)),
+            list_files(params.pool, "pool", root, Tars(pool_to, pool_out)),
         ]
         _expect_no_image_twice(listed)
         classes = _class_order(listed[0], listed[1], params.classes)
         for listing in listed:
             _expect_images(listing, params)
-        checked = [_checked(listing, params, machine.cores(machine.workers)) for listing in listed]
+        checked = [
+            check_images(listing, functools.partial(_size_of, params), machine.cores(machine.workers)) for listing in listed
+        ]
         for listing in checked:
             _expect_images(listing, params)
         labelled, val, pool = (_images(listing, classes) for listing in checked)
         train, holdout, rest = _divided(labelled, classes, params)
         if params.rest == "pool":
             pool = pa.concat_tables([pool, _unlabelled(rest)])
-        refused = pa.concat_tables([_refused(listing) for listing in checked]).sort_by("id").combine_chunks()
+        refused = pa.concat_tables([refused_of(listing) for listing in checked]).sort_by("id").combine_chunks()
         manifest.write(train_to, train, classes)
         manifest.write(holdout_to, holdout, classes)
         manifest.write(val_to, val, classes)
@@ -117,7 +109,7 @@ def run(
         "pool": len(pool),
         "dropped": len(rest) if params.rest == "drop" else 0,
         "quarantine": len(refused),
-        "reasons": _reasons(refused),
+        "reasons": reasons_of(refused),
         "repeated": _repeated([train, holdout, val, pool]),
     }
 
@@ -194,52 +186,10 @@ def _expect_enough(counts: Mapping[str, int], params: Prepare) -> None:
 
 
 def _told(files: pa.Table) -> str:
-    return ", ".join(f"{n} x {reason}" for reason, n in _reasons(files).items()) or "it holds no files"
+    return ", ".join(f"{n} x {reason}" for reason, n in reasons_of(files).items()) or "it holds no files"
 
 
-# Checking -------------------------------------------------------------------------------------------------------------
-
-
-def _checked(listing: Listing, params: Prepare, workers: int) -> Listing:
-    """Read every image: the columns of MEASURED are added, and a reason for each that was refused."""
-    table = listing.table
-    measured: list[pa.RecordBatch] = []
-    threads = ThreadPoolExecutor(workers)
-    try:
-        with progress.bar(len(table), "images", f"prepare: checking {listing.role}") as shown:
-            for part in threads.map(lambda chunk: _measured(chunk, params, listing.moved), table.to_batches()):
-                measured.append(part)
-                shown.update(len(part))
-    finally:
-        threads.shutdown(cancel_futures=True)
-    found = pa.Table.from_batches(measured, MEASURED)
-    table = table.drop_columns("reason")
-    for field in MEASURED:
-        table = table.append_column(field, found[field.name])
-    return listing._replace(table=table)
-
-
-def _measured(chunk: pa.RecordBatch, params: Prepare, moved: Mapping[str, str]) -> pa.RecordBatch:
-    rows: list[tuple[int | None, int | None, int | None, str | None]] = []
-    columns = chunk.select(["path", "offset", "size", "reason"]).to_pydict().values()
-    with manifest.Opened() as opened:
-        for path, offset, size, reason in zip(*columns, strict=True):
-            if reason is None and size > MAX_BYTES:
-                reason = f"oversized: {size} bytes"
-            if reason is not None:
-                rows.append((None, None, None, reason))
-                continue
-            data = opened.read(moved.get(path, path), offset, size)
-            try:
-                width, height = _size(data, params)
-            except decode.ImageRefused as refusal:
-                rows.append((None, None, None, str(refusal)))
-            else:
-                rows.append((width, height, zlib.crc32(data), None))
-    return sources.batch(rows, MEASURED)
-
-
-def _size(data: bytes, params: Prepare) -> tuple[int, int]:
+def _size_of(params: Prepare, data: bytes) -> tuple[int, int]:
     if params.check == "header":
         return decode.size_of(data, params.max_pixels)
     height, width, _ = decode.decode(data, params.max_pixels).shape
@@ -251,18 +201,6 @@ def _images(listing: Listing, classes: Sequence[str]) -> pa.Table:
     good = listing.table.filter(pc.is_null(listing.table["reason"]))
     label = pc.index_in(good["class"].cast(pa.string()), pa.array(classes, pa.string()))
     return good.append_column("label", label).select(manifest.SCHEMA.names).cast(manifest.SCHEMA).sort_by("id")
-
-
-def _refused(listing: Listing) -> pa.Table:
-    refused = listing.table.filter(pc.is_valid(listing.table["reason"]))
-    return refused.append_column("role", pa.repeat(listing.role, len(refused))).select(QUARANTINE.names).cast(QUARANTINE)
-
-
-def _reasons(files: pa.Table) -> dict[str, int]:
-    """How many were refused for each kind of reason, the most frequent first."""
-    kinds = pc.list_element(pc.split_pattern(files["reason"].drop_null(), ":", max_splits=1), 0)
-    counts = {pair["values"]: pair["counts"] for pair in pc.value_counts(kinds).to_pylist()}
-    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def _repeated(tables: Sequence[pa.Table]) -> int:

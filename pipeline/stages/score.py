@@ -12,12 +12,15 @@ import torch
 from pydantic import PositiveInt
 from torch import nn
 
-from pipeline import artifact, device, images, manifest, network, predict, shards, stage
 from pipeline.errors import UserError
-from pipeline.params import Machine, Section
+from pipeline.harness import shards, stage
+from pipeline.harness.machine import Machine
+from pipeline.models import device, inputs, network, prediction
+from pipeline.store import artifact, manifest
+from pipeline.store.params import Section
 
 FILE = "scores.parquet"
-SHARD = 64 * predict.BATCH  # images; a killed run loses at most one shard
+SHARD = 64 * prediction.BATCH  # images; a killed run loses at most one shard
 
 
 class Score(Section):
@@ -66,7 +69,7 @@ class Scoring:
     m: int
     machine: Machine
 
-    def opened(self) -> tuple[nn.Module, images.Pixels, images.Input, device.Device]:
+    def opened(self) -> tuple[nn.Module, inputs.Pixels, inputs.Input, device.Device]:
         return _opened(self)
 
     def __call__(self, shard: shards.Rows) -> int:
@@ -79,17 +82,17 @@ class Scoring:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(scoring: Scoring) -> tuple[nn.Module, images.Pixels, images.Input, device.Device]:
+def _opened(scoring: Scoring) -> tuple[nn.Module, inputs.Pixels, inputs.Input, device.Device]:
     on = device.pick(scoring.machine)
     model, _, given = network.load(scoring.teacher, scoring.classes)
-    pixels = images.OnDisk(manifest.read(scoring.pool), given.side, scoring.machine.cores(scoring.machine.workers))
-    return on.place(predict.folded(model)), pixels, given, on
+    pixels = inputs.OnDisk(manifest.read(scoring.pool), given.side, scoring.machine.cores(scoring.machine.workers))
+    return on.place(prediction.folded(model)), pixels, given, on
 
 
 def _scores(
-    model: nn.Module, pixels: images.Pixels, given: images.Input, on: device.Device, rows: np.ndarray, m: int
+    model: nn.Module, pixels: inputs.Pixels, given: inputs.Input, on: device.Device, rows: np.ndarray, m: int
 ) -> pa.Table:
-    logits = torch.cat([batch for _, batch in predict.logits(model, pixels, given, on, rows)])
+    logits = torch.cat([batch for _, batch in prediction.logits(model, pixels, given, on, rows)])
     best, order = logits.sort(dim=1, descending=True, stable=True)  # stable: of equal logits the lower class first
     columns = {f"class_{i}": order[:, i].numpy().astype(np.uint16) for i in range(m)}
     columns |= {f"logit_{i}": best[:, i].numpy() for i in range(m)}

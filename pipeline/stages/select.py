@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
-from pipeline import artifact, manifest, stage
 from pipeline.errors import UserError
-from pipeline.params import Machine, Section
+from pipeline.harness import stage
+from pipeline.harness.machine import Machine
+from pipeline.store import artifact, manifest
+from pipeline.store.params import Section
 
 SCORES = "scores.parquet"
 SELECTION = "selection.json"

@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from pipeline import artifact, checkpoint, device, exits, fit, images, losses, manifest, models, network, predict, stage
-from pipeline.exits import Exited
-from pipeline.fit import Batch
-from pipeline.images import View
-from pipeline.params import Machine, Section
-from pipeline.teacher import read
+from pipeline.harness import stage
+from pipeline.harness.machine import Machine
+from pipeline.learning import losses
+from pipeline.learning.loop import fit, optimisers
+from pipeline.learning.teachers import read
+from pipeline.learning.views import Batch, View, viewer
+from pipeline.models import architectures, checkpoint, device, exits, inputs, network, prediction
+from pipeline.models.exits import Exited
+from pipeline.store import artifact, manifest
+from pipeline.store.params import Section
 
 LABELS = "labels"
 """The `teacher` of an entry that learns from labels; data/labels stands in dvc.yaml where a model directory would."""
@@ -43,7 +47,7 @@ class SelfDistil(Section):
     labelled: bool = True
     loss: losses.SoftLoss = losses.SoftLoss()
     view: View | None = None
-    training: fit.Training
+    training: optimisers.Training
     note: str | None = None
 
 
@@ -76,9 +80,9 @@ def run(
     on = device.pick(machine)
     student, description = network.start_exits(params.model, init, labelled.classes, seed)
     on.place(student)
-    given = images.Input.model_validate(description.input)
+    given = inputs.Input.model_validate(description.input)
     cores = machine.cores(machine.workers)
-    side, size, views = given.side, given.size, images.viewer(given.size, params.view or View(), seed)
+    side, size, views = given.side, given.size, viewer(given.size, params.view or View(), seed)
     frozen: list[tuple[nn.Module, int]] = []
     if from_labels:
         labels = torch.from_numpy(seen.labels())
@@ -98,14 +102,14 @@ def run(
             return lambda s: params.loss(s, t)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        found = model(images.normalise(batch.views, given))
+        found = model(inputs.normalise(batch.views, given))
         return objective(found, target(batch), params.alpha, params.lambda_, params.temperature)
 
-    check = checker(images.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on)
+    check = checker(inputs.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on)
     model, history = fit.fit(
         student,
         loss,
-        images.load(seen, side, cores, machine.memory_gb, "images"),
+        inputs.load(seen, side, cores, machine.memory_gb, "images"),
         views,
         params.training,
         seed=seed,
@@ -122,11 +126,11 @@ def run(
         origin.get("labelled", 0),
         0 if from_labels else unlabelled,
         params.note or origin.get("note"),
-        macs=models.macs_of_training(model, given.size, *frozen),
+        macs=architectures.macs_of_training(model, given.size, *frozen),
     )
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model, described, history)
-    facts = {"steps": params.training.steps, "images": len(seen), "parameters": models.parameters_of(model)}
+    facts = {"steps": params.training.steps, "images": len(seen), "parameters": architectures.parameters_of(model)}
     return facts | fit.final(history)
 
 
@@ -151,13 +155,13 @@ def objective(found: Exited, target: Target, alpha: float, lambda_: float, tempe
 
 
 def checker(
-    pixels: images.Pixels, labels: np.ndarray, given: images.Input, on: device.Device
+    pixels: inputs.Pixels, labels: np.ndarray, given: inputs.Input, on: device.Device
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A function that measures all exits: `top1` (0..1) and `nll` (nats) of the deepest, `top1_exit1` ... of those before it."""
     wanted = torch.from_numpy(labels)
 
     def check(model: nn.Module) -> dict[str, float]:
-        out = torch.cat([batch for _, batch in predict.logits(exits.Stacked(model), pixels, given, on)])  # N, exits, C
+        out = torch.cat([batch for _, batch in prediction.logits(exits.Stacked(model), pixels, given, on)])  # N, exits, C
         right = (out.argmax(2) == wanted[:, None]).double().mean(0)
         *before, top1 = right.tolist()
         nll = float(F.cross_entropy(out[:, -1], wanted))

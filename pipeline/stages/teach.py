@@ -7,8 +7,13 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 
-from pipeline import artifact, checkpoint, device, fit, images, manifest, models, network, predict, stage
-from pipeline.params import Machine, Section
+from pipeline.harness import stage
+from pipeline.harness.machine import Machine
+from pipeline.learning import views
+from pipeline.learning.loop import fit, optimisers
+from pipeline.models import architectures, checkpoint, device, inputs, network, prediction
+from pipeline.store import artifact, manifest
+from pipeline.store.params import Section
 
 
 class Teach(Section):
@@ -26,8 +31,8 @@ class Teach(Section):
     init: str
     model: network.Network | None = None
     exit: int | None = None
-    view: images.View = images.View()
-    training: fit.Training | None = None
+    view: views.View = views.View()
+    training: optimisers.Training | None = None
     labels: manifest.Amount | None = None
     from_layer: NonNegativeInt | None = None
     note: str | None = None
@@ -57,23 +62,25 @@ def run(
     on = device.pick(machine)
     model, description = network.start(params.model, init, labelled.classes, seed, params.exit, params.from_layer)
     model = on.place(model)
-    given = images.Input.model_validate(description.input)
+    given = inputs.Input.model_validate(description.input)
     cores = machine.cores(machine.workers)
-    check = predict.checker(images.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on)
+    check = prediction.checker(
+        inputs.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on
+    )
     history: dict[str, list[dict[str, float]]] = {"train": [], "holdout": []}
     if params.training is not None:
         labels = torch.from_numpy(labelled.labels())
         smoothing = params.training.smoothing
 
-        def cross_entropy(model: nn.Module, batch: fit.Batch) -> Tensor:
+        def cross_entropy(model: nn.Module, batch: views.Batch) -> Tensor:
             y = labels[batch.rows].to(on.device)  # N
-            return F.cross_entropy(model(images.normalise(batch.views, given)).float(), y, label_smoothing=smoothing)
+            return F.cross_entropy(model(inputs.normalise(batch.views, given)).float(), y, label_smoothing=smoothing)
 
         model, history = fit.fit(
             model,
             cross_entropy,
-            images.load(labelled, given.side, cores, machine.memory_gb, "train"),
-            images.viewer(given.size, params.view, seed),
+            inputs.load(labelled, given.side, cores, machine.memory_gb, "train"),
+            views.viewer(given.size, params.view, seed),
             params.training,
             seed=seed,
             device=on,
@@ -84,14 +91,14 @@ def run(
             checkpoint_minutes=machine.checkpoint_minutes,
         )
     steps, batch = (params.training.steps, params.training.batch) if params.training else (0, 0)
-    cost = models.macs_of_training(model, given.size)
+    cost = architectures.macs_of_training(model, given.size)
     described = description.trained(steps, batch, known, 0, params.note, macs=cost)
     with artifact.writing(out) as tmp:
         if params.labels is not None:
             (tmp / "labels.txt").write_text("".join(f"{name}\n" for name in labelled.table["id"].to_pylist()))
         checkpoint.save(tmp, model, described, history)
     measured = history if params.training else {"holdout": [check(model)]}
-    facts = {"steps": steps, "images": len(labelled), "parameters": models.parameters_of(model)}
+    facts = {"steps": steps, "images": len(labelled), "parameters": architectures.parameters_of(model)}
     return facts | fit.final(measured)
 
 

@@ -19,8 +19,10 @@ import numpy as np
 import onnxscript  # noqa: F401 - seconds that every child of `export` would spend
 import yaml
 
-from pipeline import artifact, stage
-from pipeline.stages import dedup, label, pack, score
+from pipeline.harness import stage
+from pipeline.leaks import search
+from pipeline.stages import label, pack, score
+from pipeline.store import artifact
 from tests.conftest import encoded, tar_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -91,7 +93,7 @@ class House:
         for file in ("scratch", "labels", "overrides.csv"):
             shutil.copy(ROOT / "data" / file, folder / "data" / file)
         (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS, sort_keys=False))
-        dedup.SHARD = label.SHARD = pack.SHARD = score.SHARD = 16  # so that there are finished shards to resume from
+        search.SHARD = label.SHARD = pack.SHARD = score.SHARD = 16  # so that there are finished shards to resume from
         os.environ["WINNOW_TRACKING"] = "off"
 
     def start(self, command: Command) -> int:

@@ -1,0 +1,225 @@
+"""What turns `run(params, *, pool: Path, out: Path, seed: int, ...)` of a stage into its command.
+
+    python -m pipeline.stages.<stage> [<entry>] --<input> PATH ... --out PATH
+
+A stage module is a pure function of typed params and paths; this module reads params.yaml, gives the seed, the machine, a
+scratch folder and a journal to a `run` that asks for them, stamps the artifacts with their origin, and writes the metrics file.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pipeline.errors import UserError
+from pipeline.harness import ranks
+from pipeline.harness.journal import Journal, open_journal
+from pipeline.harness.machine import Machine
+from pipeline.store import artifact
+from pipeline.store import params as parameters
+
+Metrics = Mapping[str, Any]
+"""JSON values by name; deterministic for the same inputs (timings belong into the journal)."""
+
+SCRATCH = Path(".scratch")
+INERT = ("pipeline.harness", "pipeline.tracking", "pipeline.errors")
+"""What cannot change a result: rooms and modules that no stage is stale for."""
+PARAMS_FILE = Path("params.yaml")
+WRONG_INPUT, TRY_AGAIN, INTERRUPTED = 2, 75, 130
+
+
+def main(run: Callable[..., Metrics], parallel: bool = False, gathers: str | None = None) -> None:
+    """Run a stage from the command line. Its exit code says whether a repetition may help, which is what `flows` asks.
+
+    2: a UserError, with its message and no traceback. 75: a disk, a network or a process of a pool failed. 130: interrupted.
+    1: a defect of winnow, with its traceback.
+    `parallel`: the stage trains with `fit`, so `machine.processes` processes can share it. `gathers`: the stage reads all entries
+    of this section, whose names `run` gets as `entries`; its run in MLflow stands for all that they were made from.
+    """
+    _die_with_dvc()
+    try:
+        _main(_importable(run), sys.argv[1:], parallel, gathers)
+    except UserError as error:
+        _stop(str(error), WRONG_INPUT)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _stop(
+                f"the disk is full ({error.filename or 'while writing'}). "
+                "Free space and repeat the command: it goes on where it stopped.",
+                TRY_AGAIN,
+            )
+        traceback.print_exc()
+        sys.exit(TRY_AGAIN)
+    except BrokenExecutor:
+        traceback.print_exc()
+        _stop("a worker process was killed, perhaps for lack of memory. Repeat the command to go on.", TRY_AGAIN)
+    except KeyboardInterrupt:
+        _stop("interrupted. Repeat the command to go on.", INTERRUPTED)
+
+
+def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers: str | None) -> None:
+    stage = Path(inspect.getfile(run)).stem
+    hints = get_type_hints(run)
+    paths = [name for name in inspect.signature(run).parameters if hints.get(name) is Path and name != "scratch"]
+    args = _parse(stage, inspect.getdoc(run) or "", paths, argv)
+    keys = (stage, args.entry) if args.entry else (stage,)
+    file = Path(args.params)
+    params = parameters.load(file, hints["params"], keys)
+    machine = parameters.load(file, Machine, ("machine",)) if "machine" in parameters.read(file) else Machine()
+    if machine.executor != "local" and run.__module__ == "__main__":
+        # What goes to other machines has to be found there by its own name.
+        run = importlib.import_module(sys.modules["__main__"].__spec__.name).run  # type: ignore[union-attr]
+    if parallel and machine.processes > 1 and not ranks.launched():
+        ranks.launch(machine.processes, f"pipeline.stages.{stage}", argv)
+    first = ranks.is_first()
+    artifact.discard.set(not first)
+    given = {name: Path(getattr(args, name)) for name in paths}
+    outs = {name: path for name, path in given.items() if is_out(name)}
+    inputs = {name: path for name, path in given.items() if not is_out(name)}
+    injected: dict[str, Any] = {"machine": machine}
+    if gathers is not None:
+        injected["entries"] = tuple(parameters.read(file).get(gathers) or ())
+    record = _record(stage, args.entry, params.model_dump(mode="json"), inputs, injected.get("entries", ()))
+    if "seed" in hints:
+        record["seed"] = injected["seed"] = parameters.load_seed(file)
+    record["key"] = _key(record)
+    name = ".".join(keys)
+    with _only_one(name) if first else contextlib.nullcontext():
+        scratch = SCRATCH / name / record["key"][:16]
+        injected["scratch"] = scratch
+        if "scratch" in hints:
+            scratch.mkdir(parents=True, exist_ok=True)
+        artifact.provenance.set(record)
+        journal = injected["journal"] = open_journal(record, SCRATCH / "journal", gathers is not None) if first else Journal()
+        random.seed(0)
+        start = time.monotonic()
+        try:
+            metrics = dict(run(params, **given, **{k: v for k, v in injected.items() if k in hints}))
+            metrics_file = Path("data", stage, f"{args.entry}.json") if args.entry else Path("data", stage, "metrics.json")
+            if first:
+                with artifact.writing_file(metrics_file) as tmp:
+                    tmp.write_text(json.dumps(metrics, indent=1) + "\n")
+        except BaseException as error:
+            journal.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", {}, [])
+            raise
+        journal.log(seconds=time.monotonic() - start)
+        journal.finish("FINISHED", metrics, list(outs.values()))
+        if first:
+            shutil.rmtree(SCRATCH / name, ignore_errors=True)
+            _say(name, metrics, time.monotonic() - start)
+
+
+def _importable(run: Callable[..., Metrics]) -> Callable[..., Metrics]:
+    """The `run` of `pipeline.stages.x` where `python -m` calls that module __main__: other processes know it by its name only."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None or run.__module__ != "__main__":
+        return run
+    found: Callable[..., Metrics] = getattr(importlib.import_module(spec.name), run.__name__)
+    return found
+
+
+def is_out(name: str) -> bool:
+    """Whether a path argument of `run` is written by the stage: `out`, `pool_out`, `leaks_out`, ... by its name."""
+    return name == "out" or name.endswith("_out")
+
+
+def _parse(stage: str, doc: str, paths: list[str], argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline.stages.{stage}", description=doc.split("\n\n")[0])
+    parser.add_argument("entry", nargs="?", help=f"the entry of the section `{stage}` of the params file, where it has entries")
+    for name in paths:
+        parser.add_argument(f"--{name.replace('_', '-')}", required=True, metavar="PATH")
+    parser.add_argument("--params", default=str(PARAMS_FILE), metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def _record(
+    stage: str, entry: str | None, params: dict[str, Any], inputs: dict[str, Path], entries: tuple[str, ...]
+) -> dict[str, Any]:
+    """Who makes the artifacts of this run, from what: deterministic, so it may stand inside them."""
+    seen, lineage = {}, {}
+    for name, path in inputs.items():
+        if not path.exists():
+            raise UserError(f"--{name.replace('_', '-')}: {path} is not there. Run `dvc repro`, which makes it first.")
+        origin = artifact.record(path)
+        seen[name] = {"path": path.as_posix(), "identity": artifact.identity(path), "key": origin.get("key")}
+        for made_by in filter(None, [origin, *(artifact.record(path / entry) for entry in entries)]):
+            lineage.update(made_by["lineage"])
+            lineage[made_by["key"]] = {k: v for k, v in made_by.items() if k != "lineage"}
+    return {"stage": stage, "entry": entry, "params": params, "inputs": seen, "code": _code(), "lineage": lineage}
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    """The identity of a run: equal keys mean equal results. Code, params, seed and the content of every input are in it."""
+    content = {k: v for k, v in record.items() if k != "lineage"}
+    content["inputs"] = {name: i["identity"] for name, i in record["inputs"].items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _code() -> str:
+    """A hash of the sources of the pipeline modules this stage has loaded, without those that cannot change a result."""
+    files: dict[str, str] = {}
+    for name, module in list(sys.modules.items()):
+        name = module.__spec__.name if name == "__main__" and module.__spec__ else name
+        if name.startswith("pipeline.") and not name.startswith(INERT) and getattr(module, "__file__", None):
+            files[name] = str(module.__file__)
+    digest = hashlib.sha256()
+    for name in sorted(files):  # by the module's name: two rooms may have files of one name
+        digest.update(Path(files[name]).read_bytes())
+    return digest.hexdigest()
+
+
+class _only_one:
+    """A lock on the stage entry, so that a survivor of a killed `dvc repro` and its successor never write together."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        folder = SCRATCH / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / self.name).open("a")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is running the stage {self.name} in this folder. Wait for it, or end it.") from None
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def _die_with_dvc() -> None:
+    """Ask the kernel to end this process with its parent, DVC or torchrun, which, killed, would leave the stage training on."""
+    if ("DVC_ROOT" in os.environ or ranks.launched()) and sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _say(name: str, metrics: Metrics, seconds: float) -> None:
+    shown = ", ".join(
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in metrics.items() if isinstance(v, int | float)
+    )
+    print(f"{name}: done in {seconds:.1f} s. {shown}", file=sys.stderr)
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+__all__ = ["Journal", "Metrics", "is_out", "main"]

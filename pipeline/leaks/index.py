@@ -1,0 +1,181 @@
+"""One index over the local features of many images, in which each feature votes for the images it may be from."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.leaks.features import MIRROR, Bag
+
+
+class Candidates(NamedTuple):
+    """The shortlist of a batch, (n,) each, sorted by query: rows of the query and the gallery, and whether mirrored."""
+
+    query: np.ndarray
+    gallery: np.ndarray
+    mirror: np.ndarray
+
+
+EXACT = 20_000  # up to this many index entries a flat index is fast enough, and misses nothing
+PROBES = 4
+NEIGHBOURS = 8
+VOTES = 3  # a candidate has at least this many, and this many of one accord about where the one image lies in the other
+ACCORD = 0.07  # in units of the longest side
+SHORTLIST = 10  # candidates per query image before they must be of one accord
+
+
+class VotingIndex:
+    """One index over the local features of all gallery images; each query feature votes for the images of its nearest neighbours.
+
+    Every descriptor is entered twice, as it is and mirrored, so that one search finds copies and mirrored copies. Beyond
+    EXACT entries the index is an inverted file of 4-bit product codes of 64 principal components: 16 bytes and an id
+    per entry.
+    """
+
+    def __init__(self, index: Any, owner: np.ndarray, points: np.ndarray) -> None:
+        """`owner`: (descriptors,) int32, the gallery row of each; `points`: (descriptors, 4) float16, as in Features.
+
+        Entry 2 d of the index is descriptor d, entry 2 d + 1 its mirror image.
+        """
+        self.index, self.owner, self.points = index, owner, points
+
+    @classmethod
+    def build(cls, count: int, parts: Iterable[Bag], sample: np.ndarray) -> "VotingIndex":
+        """`parts` holds `count` features in all; `sample`, (m, 128) of their descriptors, trains the codes."""
+        index = _empty_index(2 * count, sample)
+        owner, points = np.empty(count, np.int32), np.empty((count, 4), np.float16)
+        n = 0
+        for part in parts:
+            both = np.stack([part.descriptors, part.descriptors[:, MIRROR]], 1).reshape(-1, 128)
+            index.add(both.astype(np.float32))
+            end = n + len(part.owner)
+            owner[n:end], points[n:end] = part.owner, part.points
+            n = end
+        return cls(index, owner, points)
+
+    def save(self, folder: Path) -> None:
+        import faiss
+
+        faiss.write_index(self.index, str(folder / "index.faiss"))
+        np.save(folder / "owner.npy", self.owner)
+        np.save(folder / "points.npy", self.points)
+
+    @classmethod
+    def load(cls, folder: Path) -> "VotingIndex":
+        import faiss
+
+        faiss.omp_set_num_threads(1)
+        index = faiss.read_index(str(folder / "index.faiss"))
+        return cls(index, np.load(folder / "owner.npy"), np.load(folder / "points.npy"))
+
+    def shortlist(self, queries: Bag, exclude: np.ndarray | None = None) -> Candidates:
+        """The gallery images that the queries share features with, at most SHORTLIST each, the likeliest first.
+
+        `exclude`: the gallery row that each query row shall not find (itself), where queries and gallery are the same images.
+        """
+        votes = self._votes(queries)
+        if exclude is not None:
+            votes = votes.where(exclude[votes.query] != votes.gallery)
+        votes = votes.where(_likeliest(votes))
+        return _of_one_accord(votes, queries.points, self.points)
+
+    def _votes(self, queries: Bag) -> "_Votes":
+        if not len(queries.owner) or not len(self.owner):
+            none = np.zeros(0, np.int64)
+            return _Votes(none, none, none, none, none, np.zeros(0, np.float32))
+        distance, entry = self.index.search(queries.descriptors.astype(np.float32), NEIGHBOURS + 1)
+        weight = np.maximum(distance[:, -1:] - distance[:, :-1], 0)  # a neighbour no nearer than the others says nothing
+        weight /= np.maximum(weight[:, :1], 1e-6)
+        feature, rank = np.nonzero(entry[:, :-1] >= 0)
+        entry = entry[feature, rank]
+        query, gallery = queries.owner[feature].astype(np.int64), self.owner[entry >> 1].astype(np.int64)
+        return _Votes(query, gallery, entry & 1, feature, entry >> 1, weight[feature, rank])
+
+
+class _Votes(NamedTuple):
+    """One row per vote: image rows of query and gallery, whether mirrored, feature rows of query and gallery, weight."""
+
+    query: np.ndarray
+    gallery: np.ndarray
+    mirror: np.ndarray
+    feature: np.ndarray
+    voted: np.ndarray
+    weight: np.ndarray
+
+    def where(self, kept: np.ndarray) -> "_Votes":
+        return _Votes(*(column[kept] for column in self))
+
+    def pair(self) -> np.ndarray:
+        """(n,) int64, one number for each (query, gallery, mirror)."""
+        return (self.query * (int(self.gallery.max(initial=0)) + 1) + self.gallery) * 2 + self.mirror
+
+
+def _empty_index(entries: int, sample: np.ndarray) -> Any:
+    import faiss
+
+    faiss.omp_set_num_threads(1)  # k-means and search give the same bits whatever the number of cores
+    if entries <= EXACT:
+        return faiss.IndexFlatL2(128)
+    lists = round(entries**0.5)  # then finding the lists costs about as much as reading PROBES of them
+    index = faiss.index_factory(128, f"PCA64,IVF{lists},PQ32x4fs")
+    inverted: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
+    inverted.nprobe = PROBES
+    inverted.cp.niter = 8
+    inverted.cp.min_points_per_centroid = 1
+    wanted = max(64 * lists, 20_000)
+    step = max(1, len(sample) // wanted)
+    index.train(sample[::step].astype(np.float32))
+    return index
+
+
+def _likeliest(votes: _Votes) -> np.ndarray:
+    """The rows of the votes for the SHORTLIST best candidates of each query, candidate by candidate.
+
+    A feature votes once for a candidate, with its nearest neighbour there; a candidate needs VOTES votes.
+    """
+    pair = votes.pair()
+    order = np.argsort(pair, kind="stable")  # votes come by feature and then by distance, and stay so within a pair
+    pair, feature = pair[order], votes.feature[order]
+    fresh = np.ones(len(order), bool)
+    fresh[1:] = (pair[1:] != pair[:-1]) | (feature[1:] != feature[:-1])
+    order, pair = order[fresh], pair[fresh]
+    start = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]]) if len(pair) else np.zeros(0, np.int64)
+    count = np.diff(np.r_[start, len(pair)])
+    weight = np.add.reduceat(votes.weight[order].astype(np.float64), start) if len(start) else np.zeros(0)
+    enough = np.flatnonzero(count >= VOTES)
+    query = votes.query[order[start[enough]]]
+    ranked = np.lexsort((enough, -weight[enough], query))
+    place = np.arange(len(ranked)) - np.searchsorted(query[ranked], query[ranked])
+    chosen = enough[ranked[place < SHORTLIST]]
+    return order[_ranges(start[chosen], count[chosen])]
+
+
+def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """start[0], start[0] + 1, ... (count[0] of them), start[1], ..."""
+    ends = np.cumsum(count)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start - (ends - count), count)
+
+
+def _of_one_accord(votes: _Votes, query_points: np.ndarray, gallery_points: np.ndarray) -> Candidates:
+    """The candidates with VOTES votes that one similarity explains.
+
+    Every vote proposes the similarity of its two keypoints, as in `align`; this throws out nearly all candidates that
+    share no more than a texture.
+    """
+    pair = votes.pair()
+    start = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]]) if len(pair) else np.zeros(0, np.int64)
+    count = np.diff(np.r_[start, len(pair)])
+    p, q = gallery_points[votes.voted].astype(np.float64), query_points[votes.feature].astype(np.float64)
+    flip = np.where(votes.mirror, -1.0, 1.0)  # mirrored about x = 0: the shift makes up for the width
+    zp, zq = flip * p[:, 0] + 1j * p[:, 1], q[:, 0] + 1j * q[:, 1]
+    angle = np.where(votes.mirror, np.pi - p[:, 3], p[:, 3])
+    scale = q[:, 2] / p[:, 2]
+    turn = scale * np.exp(1j * (q[:, 3] - angle))
+    i = np.repeat(np.arange(len(pair)), np.repeat(count, count))
+    j = _ranges(np.repeat(start, count), np.repeat(count, count))
+    off = np.abs(turn[i] * (zp[j] - zp[i]) - (zq[j] - zq[i]))
+    support = np.bincount(i, off < ACCORD * np.minimum(scale, 1)[i], len(pair))
+    best = np.maximum.reduceat(support, start) if len(start) else np.zeros(0)
+    kept = start[best >= VOTES]
+    return Candidates(votes.query[kept], votes.gallery[kept], votes.mirror[kept].astype(bool))

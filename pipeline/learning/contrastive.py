@@ -1,0 +1,182 @@
+"""SimCLRv2's contrastive task (arXiv 2006.10029, section 2; SimCLR: 2002.05709): views, loss, memory."""
+
+import copy
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.distributed.nn.functional
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from pipeline.harness import ranks
+from pipeline.learning.views import Draws, Views
+from pipeline.models import architectures
+from pipeline.store.params import Section
+
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class TwoViews(Section):
+    """How each of an image's two views is drawn: crop, flip, colour, grey, blur, in this order.
+
+    `scale`, `ratio`: share of the area and aspect of the crop. `strength`: s of SimCLR's colour jitter, 1 for ImageNet, 0.5 for
+    CIFAR: with probability `jitter`, brightness, contrast and saturation are scaled by 1 +- 0.8 s, and the hue is turned by
+    up to +- 0.2 s of the circle. `grey`, `blur`: probabilities; the blur's sigma is 0.1 to 2 pixels (SimCLR: blur 0.5, none
+    for CIFAR).
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    strength: Annotated[float, Field(ge=0, le=1.25)] = 0.5
+    jitter: Share = 0.8
+    grey: Share = 0.2
+    blur: Share = 0.0
+
+
+class Memory(Section):
+    """MoCo's memory as SimCLRv2 adds it: the last `size` outputs of a moving average of the network (decay `ema`) are further
+    negatives of every view."""
+
+    size: PositiveInt = 65_536
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+
+def nt_xent(projected: Tensor, temperature: float, memory: Tensor | None = None) -> Tensor:
+    """(2B, D) projections, where rows i and i + B are views of one image -> scalar (SimCLR, equation 1 and algorithm 1).
+
+    Each view is classified against its partner among the other views of all processes and the (K, D) unit vectors of `memory`;
+    a view never stands among its own candidates. The mean over the 2B views, as in the paper: the published code adds the means
+    of both directions, twice as much. With several processes each returns the mean over its own views, whose average (as
+    DistributedDataParallel takes of gradients) is that of one process with all of them.
+    """
+    with torch.autocast(projected.device.type, enabled=False):  # similarities over 0.1 need more than bfloat16's three digits
+        z = F.normalize(projected.float(), dim=1)  # 2B, D
+        n = len(z)
+        everyone, first = z, 0
+        if ranks.size() > 1:
+            everyone = torch.cat(torch.distributed.nn.functional.all_gather(z))  # processes * 2B, D; gradients flow back
+            first = ranks.rank() * n
+        own = torch.arange(n, device=z.device)
+        logits = (z @ everyone.T / temperature).index_put((own, first + own), z.new_tensor(-torch.inf))
+        if memory is not None:
+            logits = torch.cat([logits, z @ memory.T / temperature], 1)
+        return F.cross_entropy(logits, first + own.roll(n // 2))
+
+
+class Contrastive(nn.Module):
+    """The network in training: (2B, 3, S, S) -> (2B, D) projections, and the (K, D) keys of its memory (None without one)."""
+
+    def __init__(self, projected: architectures.Projected, memory: Memory | None) -> None:
+        super().__init__()
+        self.projected = projected
+        self.memory = None if memory is None else Keys(projected, memory)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.projected(x), None if self.memory is None else self.memory(self.projected, x)
+
+
+class Keys(nn.Module):
+    """A queue of the outputs of a slowly moving average of the network, one per image.
+
+    What it holds is part of the model's state, so a resumed run finds it again.
+    """
+
+    keys: Tensor
+    written: Tensor
+
+    def __init__(self, projected: architectures.Projected, params: Memory) -> None:
+        super().__init__()
+        self.ema = params.ema
+        self.average = copy.deepcopy(projected).requires_grad_(False)
+        self.register_buffer("keys", torch.zeros(params.size, projected.out))
+        self.register_buffer("written", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def forward(self, projected: architectures.Projected, x: Tensor) -> Tensor:
+        """The keys before this batch, (up to K, D) unit vectors; then the first view of each image goes in for the oldest."""
+        before = self.keys[: int(self.written)].clone()
+        torch._foreach_lerp_(list(self.average.parameters()), list(projected.parameters()), 1 - self.ema)
+        new = F.normalize(self.average(x[: len(x) // 2]).float(), dim=1)
+        if ranks.size() > 1:
+            parts = [torch.empty_like(new) for _ in range(ranks.size())]
+            torch.distributed.all_gather(parts, new)
+            new = torch.cat(parts)
+        new = new[: len(self.keys)]
+        self.keys[(self.written + torch.arange(len(new), device=new.device)) % len(self.keys)] = new
+        self.written += len(new)
+        return before
+
+
+def two_views(size: int, params: TwoViews, seed: int) -> Views:
+    """The `views` of fit: (B, 3, S, S) uint8 canvases -> (B, 2, 3, size, size) of 0..255."""
+
+    def views(raw: Tensor, rows: np.ndarray, passes: np.ndarray) -> Tensor:
+        draws = Draws(seed, passes, rows)
+        return torch.stack([view(raw, size, params, draws), view(raw, size, params, draws)], 1)
+
+    return views
+
+
+def view(raw: Tensor, size: int, params: TwoViews, draws: Draws) -> Tensor:
+    """One view of each canvas: (B, 3, S, S) uint8 -> (B, 3, size, size) of 0..255 on the same device."""
+    n, to = len(raw), raw.device
+    area, aspect = draws.uniform(*params.scale), draws.uniform(*np.log(params.ratio)).exp()
+    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 1).clamp(max=1)  # B, (width, height) of the crop
+    centre = torch.stack([draws.uniform(-1, 1), draws.uniform(-1, 1)], 1) * (1 - sides)
+    mirror = torch.where(draws.uniform() < 0.5, -1.0, 1.0) if params.flip else torch.ones(n)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = mirror * sides[:, 0], sides[:, 1], centre
+    grid = F.affine_grid(theta.to(to), [n, 3, size, size], align_corners=False)
+    out = F.grid_sample(raw.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    out = jittered(out, params, draws)
+    if params.blur:
+        out = blurred(out, torch.where(draws.uniform() < params.blur, draws.uniform(0.1, 2.0), 0.0).to(to))
+    return out
+
+
+def jittered(batch: Tensor, params: TwoViews, draws: Draws) -> Tensor:
+    """Brightness, contrast, saturation, hue, grey, each linear in the pixel: one 3 x 4 matrix per image, one product, one clamp.
+
+    torchvision's jitter clamps after each of them and draws their order. The hue turns around the grey axis, in the plane of
+    chrominance (YIQ), which leaves the luma as it is.
+    """
+    n, strength = len(batch), params.strength
+    on = draws.uniform() < params.jitter
+
+    def factor(reach: float) -> Tensor:
+        return torch.where(on, draws.uniform(max(0, 1 - reach), 1 + reach), 1.0).view(n, 1, 1)
+
+    brightness, contrast, saturation = (factor(0.8 * strength) for _ in range(3))
+    turn = torch.where(on, draws.uniform(-0.2 * strength, 0.2 * strength), 0.0) * 2 * torch.pi
+    grey = draws.uniform() < params.grey
+    luma = YIQ[0].expand(n, 3, 3)  # each channel becomes the luma
+    rotation = torch.eye(3).repeat(n, 1, 1)
+    rotation[:, 1, 1] = rotation[:, 2, 2] = turn.cos()
+    rotation[:, 2, 1] = turn.sin()
+    rotation[:, 1, 2] = -rotation[:, 2, 1]
+    colour = torch.linalg.inv(YIQ) @ rotation @ YIQ @ torch.lerp(luma, torch.eye(3), saturation)
+    colour = torch.where(grey[:, None, None], luma @ colour, colour)
+    pixels = batch.flatten(2)  # B, 3, H * W
+    # Contrast scales around the mean luma of the brightened image; all that follows leaves that grey as it is.
+    mean = (
+        (brightness.to(batch.device) * pixels).mean(2, keepdim=True).mul(YIQ[0].view(3, 1).to(batch.device)).sum(1, keepdim=True)
+    )
+    matrix = (contrast * brightness * colour).to(batch.device)
+    return torch.baddbmm((1 - contrast).to(batch.device) * mean, matrix, pixels).clamp_(0, 255).view_as(batch)
+
+
+def blurred(batch: Tensor, sigma: Tensor) -> Tensor:
+    """A Gaussian blur of each image with its own `sigma` (B,) in pixels, 0 for none; the window is a tenth of the side."""
+    n, size = len(batch), batch.shape[-1]
+    radius = max(1, size // 20)
+    offsets = torch.arange(-radius, radius + 1, device=batch.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # B * 3, window
+    planes = F.pad(batch, [radius] * 4, mode="reflect").reshape(1, 3 * n, size + 2 * radius, size + 2 * radius)
+    planes = F.conv2d(planes, kernel[:, None, :, None], groups=3 * n)
+    return F.conv2d(planes, kernel[:, None, None, :], groups=3 * n).view_as(batch)

@@ -1,0 +1,57 @@
+"""Losses on soft labels that two or more stages use. Logits in, mean over the batch out, float32 whatever the autocast type."""
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.store.params import Section
+
+
+class SoftLoss(Section):
+    """Which divergence pulls the student's q = softmax(s/T) to the teacher's p = softmax(t/T).
+
+    `sym_kl`: 1/2 KL(p||q) + 1/2 KL(q||p), what SSLD's code computes and calls JS. `js`: 1/2 KL(p||m) + 1/2 KL(q||m), m =
+    (p+q)/2, the true Jensen-Shannon divergence; near agreement its gradient is a quarter of KL's, so `weight` 4 compares like
+    with like. `kl`: KL(p||q). `soft_ce`: -sum p log q. Each is summed over classes, averaged over the batch, and multiplied by
+    T^2, which keeps the size of the gradient independent of T (Hinton et al. 2015, section 2), and by `weight`.
+
+    SimCLRv2 distils with `soft_ce`, at T = 0.1 to a network of the same kind and 1 to a smaller one. Its equation has no T^2: a
+    `weight` of 1 / T^2 takes that out; under LARS, which it uses, no such factor matters.
+    """
+
+    name: Literal["sym_kl", "js", "kl", "soft_ce"] = "sym_kl"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """(N, C) logits of student and teacher -> scalar."""
+        log_q = F.log_softmax(student.float() / self.temperature, dim=1)
+        log_p = F.log_softmax(teacher.float() / self.temperature, dim=1)
+        return self.weight * self.temperature**2 * DIVERGENCES[self.name](log_p, log_q).mean()
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(N, C) log-probabilities -> (N,): KL(p||q)."""
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def sym_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(N, C) log-probabilities -> (N,): 1/2 KL(p||q) + 1/2 KL(q||p) = 1/2 sum (p - q) (log p - log q)."""
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1)
+
+
+def js(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(N, C) log-probabilities -> (N,): 1/2 KL(p||m) + 1/2 KL(q||m) with m = (p+q)/2; between 0 and log 2."""
+    log_m = ((log_p.exp() + log_q.exp()) / 2).clamp_min(1e-38).log()
+    return 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
+
+
+def soft_ce(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(N, C) log-probabilities -> (N,): -sum p log q."""
+    return -(log_p.exp() * log_q).sum(1)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sym_kl": sym_kl, "js": js, "kl": kl, "soft_ce": soft_ce}

@@ -1,0 +1,128 @@
+"""Model directories: `model.safetensors` and `model.json`. Nothing is ever pickled."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from pipeline.errors import UserError
+from pipeline.store import artifact
+
+WEIGHTS, DESCRIPTION, HISTORY = "model.safetensors", "model.json", "history.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint does not fit the model, or is not one that can be read without running code."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What stands in model.json: all that is needed to use the weights.
+
+    `arch` and `options` make the network (`models.create`), `input` is what it takes (`images.Input` as a dict), `training`
+    says how it came about. A model pre-trained without labels has no `classes` and is an encoder with the `projection` head of
+    so many `layers` and `out`puts.
+    """
+
+    arch: str
+    classes: tuple[str, ...]
+    input: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    projection: dict[str, int] | None = None
+
+    def trained(self, steps: int, batch: int, labelled: int, unlabelled: int, note: str | None, *, macs: int) -> "Description":
+        """The description after further training: steps and compute add up, and images seen in an earlier training stay seen.
+
+        `macs`: the multiply-accumulates that an image of a step costs (`models.macs_of_training`).
+        """
+        before = self.training
+        facts = {
+            "steps": before.get("steps", 0) + steps,
+            "macs": before.get("macs", 0) + steps * batch * macs,
+            "batch": batch,
+            "labelled": max(before.get("labelled", 0), labelled),
+            "unlabelled": max(before.get("unlabelled", 0), unlabelled),
+            "note": note or before.get("note"),
+        }
+        return replace(self, training=facts)
+
+
+def save(folder: Path, model: torch.nn.Module, description: Description, history: dict[str, Any]) -> None:
+    """Write the files of a model directory into the artifact being written at `folder`."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(state, folder / WEIGHTS)
+    (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
+    (folder / HISTORY).write_text(json.dumps(history) + "\n")
+
+
+def describe(folder: Path) -> Description:
+    """Read and verify a model directory; returns its description. Raises ArtifactError or CheckpointError."""
+    artifact.verify(folder)
+    try:
+        raw = json.loads((folder / DESCRIPTION).read_text())
+        return Description(**{**raw, "classes": tuple(raw["classes"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder} is not a model directory: {DESCRIPTION} cannot be used ({error}).") from error
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model directory that `describe` has verified."""
+    return safetensors.torch.load_file(folder / WEIGHTS)
+
+
+def read_foreign(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of somebody else's checkpoint: .safetensors, or a .pth/.th/.pt/.bin that holds nothing but tensors.
+
+    A `state_dict`, `model` or `model_state_dict` inside a larger dictionary is found; the `module.` prefix of DataParallel is
+    removed. Raises CheckpointError where loading would have to run code from the file, or where no tensors are found.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not there: `init` must name a checkpoint file or a model directory under data/.")
+    if file.suffix == ".safetensors":
+        return safetensors.torch.load_file(file)
+    try:
+        tree = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and version errors of many types mean the same to the reader
+        raise CheckpointError(
+            f"{file} cannot be loaded as plain tensors, and winnow never runs code from a checkpoint "
+            f"({type(error).__name__}). Save its state_dict as .safetensors and name that file."
+        ) from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
+            tree = tree[key]
+            break
+    if not isinstance(tree, dict) or not tree or not all(isinstance(v, torch.Tensor) for v in tree.values()):
+        raise CheckpointError(f"{file} holds no state_dict: expected a mapping from parameter names to tensors.")
+    return {name.removeprefix("module."): tensor for name, tensor in tree.items()}
+
+
+def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str, skip: tuple[str, ...] = ()) -> None:
+    """Load `state` into `model`; parameters under the prefixes `skip` (a new head) keep their values.
+
+    Raises CheckpointError naming the parameters that are missing, left over, or of another shape.
+    """
+    wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(skip) or not skip}
+    given = {k: v for k, v in state.items() if not k.startswith(skip) or not skip}
+    optional = {k for k in wanted if k.endswith("num_batches_tracked")}
+    missing = sorted(wanted.keys() - given.keys() - optional)
+    extra = sorted(given.keys() - wanted.keys())
+    shapes = [
+        f"{k} is {tuple(given[k].shape)}, the model's {tuple(wanted[k].shape)}"
+        for k in sorted(wanted.keys() & given.keys())
+        if given[k].shape != wanted[k].shape
+    ]
+    problems = [
+        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for what, names in (("missing", missing), ("left over", extra), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{source} does not fit the model. Parameters {'; '.join(problems)}. "
+            "Name the architecture and options it was trained with."
+        )
+    model.load_state_dict(given, strict=False)

@@ -1,0 +1,227 @@
+"""A network as params describe it or as a model directory holds it: what training starts from and what inference loads."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.models import architectures, checkpoint, exits, inputs
+from pipeline.models.checkpoint import CheckpointError, Description
+from pipeline.store.params import Section
+
+SCRATCH = "scratch"
+
+
+class Network(Section):
+    """An architecture of `architectures.create` with its options, its input, and whose weights it starts from.
+
+    `pretrained`: the weights that timm or torchvision publish for `arch`. `source_classes`: what the classifier of such
+    weights, or of a checkpoint file given as `init`, tells apart: the class names in its order, or `train` for the training
+    set's in alphabetical order; null leaves that classifier behind and starts a new one.
+    """
+
+    arch: str
+    input: inputs.Input
+    options: dict[str, Any] = Field(default_factory=dict)
+    pretrained: Literal["timm", "torchvision"] | None = None
+    source_classes: Literal["train"] | tuple[str, ...] | None = None
+
+
+def start(
+    network: Network | None,
+    init: Path,
+    classes: tuple[str, ...],
+    seed: int,
+    exit: int | None = None,
+    from_layer: int | None = None,
+) -> tuple[nn.Module, Description]:
+    """The network at the start of training, with a classifier in the order of `classes`.
+
+    `init` is a model directory, which brings its own architecture; a checkpoint file for `network` (safetensors, or a .pth/.th
+    that holds only tensors); or data/scratch. A classifier of other classes is left behind. Of a network with several exits the
+    part up to `exit` is taken, by default the deepest. `from_layer`: after which layer of a pre-trained model's projection head
+    the classifier stands, 0 for the encoder alone; it starts at zero. Raises CheckpointError, ModelError, ExitError or
+    ArtifactError.
+    """
+    torch.manual_seed(seed)
+    if init.is_dir():
+        if network is not None:
+            raise CheckpointError(f"`model` must be left out where training starts from {init}: that model is trained on.")
+        described = checkpoint.describe(init)
+        if described.projection is not None:
+            return _on_projection(described, init, classes, from_layer)
+        _refuse_layer(from_layer, init)
+        found, state = _up_to(exit, described, checkpoint.weights(init), init)
+        model = architectures.create(found.arch, len(classes), found.options)
+        _take_over(model, state, str(init), _same(found, classes), classes)
+        return model, replace(found, classes=classes)
+    _refuse_layer(from_layer, init)
+    if network is None:
+        raise CheckpointError(f"`model` is required where `init` is not a model directory but {init}.")
+    if exit is not None:
+        raise CheckpointError(f"`exit` is {exit}, but `init` ({init}) is not a model directory whose exits could be chosen from.")
+    if exits.are_all(network.options):
+        raise CheckpointError("`model.options.exits: all` is what `self_distil` adds by itself: leave it out.")
+    model = architectures.create(network.arch, len(classes), network.options)
+    foreign = _foreign(network, init, classes)
+    if foreign is not None:
+        _take_over(
+            model, foreign, str(init) if init.name != SCRATCH else str(network.pretrained), _order(network, classes), classes
+        )
+    return model, Description(network.arch, classes, network.input.model_dump(mode="json"), dict(network.options))
+
+
+def start_exits(network: Network | None, init: Path, classes: tuple[str, ...], seed: int) -> tuple[exits.Exits, Description]:
+    """The same with an exit after each stage; of a network that has none yet, the new ones start at random.
+
+    The trunk starts with the weights that `start` gives the plain network for the same seed.
+    """
+    trunk, found = start(network, init, classes, seed)
+    if exits.OPTION in found.options:
+        raise CheckpointError(
+            f"`{exits.OPTION}: {found.options[exits.OPTION]}` is one exit of a network: self-distillation starts from a network "
+            "without exits, or from one with all of them."
+        )
+    model = exits.Exits(trunk, len(classes))
+    if init.is_dir():
+        before = checkpoint.describe(init)
+        if exits.are_all(before.options):
+            _take_over(model, checkpoint.weights(init), str(init), _same(before, classes), classes)
+    return model, replace(found, options={**found.options, exits.OPTION: "all"})
+
+
+def load(folder: Path, classes: tuple[str, ...], exit: int | None = None) -> tuple[nn.Module, Description, inputs.Input]:
+    """The trained network of a model directory as an ordinary classifier; of one with exits, up to `exit` (null: the deepest).
+
+    Raises CheckpointError if it does not tell `classes` apart, in that order; ExitError if it has no such exit.
+    """
+    found, state = _up_to(exit, _of(folder, classes), checkpoint.weights(folder), folder)
+    model = architectures.create(found.arch, len(classes), found.options)
+    checkpoint.fill(model, state, str(folder))
+    return model, found, inputs.Input.model_validate(found.input)
+
+
+def load_exits(folder: Path, classes: tuple[str, ...]) -> exits.Exits | None:
+    """The trained network of a model directory with all its exits; None if it has no exits."""
+    found = _of(folder, classes)
+    if not exits.are_all(found.options):
+        return None
+    model = architectures.create(found.arch, len(classes), found.options)
+    assert isinstance(model, exits.Exits)
+    checkpoint.fill(model, checkpoint.weights(folder), str(folder))
+    return model
+
+
+def _of(folder: Path, classes: tuple[str, ...]) -> Description:
+    """The description of a model that tells `classes` apart."""
+    found = checkpoint.describe(folder)
+    if found.projection is not None:
+        raise CheckpointError(
+            f"{folder} was pre-trained without labels: it has a projection head but no classifier. Fine-tune it first, by a "
+            "`teach` entry with this `init` and `from_layer`, and name that entry."
+        )
+    if found.classes != classes:
+        raise CheckpointError(
+            f"{folder} knows the classes {_some(found.classes)}, the images the classes {_some(classes)}. "
+            "A teacher and its student, a model and its validation images must have the same."
+        )
+    return found
+
+
+def _up_to(exit: int | None, found: Description, state: dict[str, Tensor], folder: Path) -> tuple[Description, dict[str, Tensor]]:
+    """The description and the parameters of the ordinary classifier that ends at `exit`."""
+    if not exits.are_all(found.options):
+        if exit is not None:
+            raise exits.ExitError(f"`exit` is {exit}, but {folder} has no exits: they come with `self_distil`.")
+        return found, state
+    last = exits.count(state)
+    if exit is None or exit == last:
+        return replace(found, options=exits.plain(found.options)), exits.deepest(state)
+    if not 1 <= exit < last:
+        raise exits.ExitError(f"`exit` is {exit}, but {folder} has the exits 1 to {last}.")
+    found = replace(found, options={**found.options, exits.OPTION: exit})
+    wanted = architectures.create(found.arch, len(found.classes), found.options).state_dict()
+    return found, {name: tensor for name, tensor in state.items() if name in wanted}
+
+
+def _same(found: Description, classes: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The class names of a model's classifier in its order, if they are `classes`; None where it is left behind."""
+    return found.classes if set(found.classes) == set(classes) else None
+
+
+def _on_projection(
+    found: Description, init: Path, classes: tuple[str, ...], from_layer: int | None
+) -> tuple[nn.Module, Description]:
+    """A zero classifier after layer `from_layer` of the projection head that `init` was pre-trained with."""
+    assert found.projection is not None
+    layers = found.projection["layers"]
+    if from_layer is None or not 0 <= from_layer < layers:
+        raise CheckpointError(
+            f"{init} has a projection head of {layers} layers, and `from_layer` is {from_layer}: it must say after which of its "
+            f"layers 0 to {layers - 1} the classifier stands (0: on the encoder; 1: SimCLRv2's choice for few labels)."
+        )
+    state = checkpoint.weights(init)
+    if from_layer:
+        options = {**found.options, "head_layers": from_layer}
+        unused = tuple(f"head.{i}." for i in range(from_layer, layers))
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+    else:
+        options = dict(found.options)
+        state = {n.removeprefix("encoder."): tensor for n, tensor in state.items() if n.startswith("encoder.")}
+    model = architectures.create(found.arch, len(classes), options)
+    checkpoint.fill(model, state, str(init), skip=architectures.heads(model))
+    architectures.zero_classifier(model)
+    return model, Description(found.arch, classes, found.input, options, found.training)
+
+
+def _refuse_layer(from_layer: int | None, init: Path) -> None:
+    if from_layer is not None:
+        raise CheckpointError(
+            f"`from_layer` is {from_layer}, a layer of a projection head, but {init} has none: leave it out, or start from a "
+            "`pretrain` entry."
+        )
+
+
+def _foreign(network: Network, init: Path, classes: tuple[str, ...]) -> dict[str, Tensor] | None:
+    """The weights to start from that winnow has not written itself."""
+    if init.name != SCRATCH:
+        if network.pretrained is not None:
+            raise CheckpointError(f"`pretrained` and `init` ({init}) both name weights to start from: leave one out.")
+        return checkpoint.read_foreign(init)
+    if network.pretrained == "timm":
+        count = len(_order(network, classes) or classes)
+        return architectures.create(network.arch, count, network.options, pretrained=True).state_dict()
+    return architectures.torchvision_weights(network.arch) if network.pretrained else None
+
+
+def _order(network: Network, classes: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The class names of the foreign classifier in its order; None where it is left behind."""
+    if network.source_classes == "train":
+        return tuple(sorted(classes))
+    if network.source_classes is not None and set(network.source_classes) != set(classes):
+        raise CheckpointError(
+            f"`source_classes` are {_some(network.source_classes)}, the training images' {_some(classes)}. "
+            "Leave them out to put a new classifier on these weights."
+        )
+    return network.source_classes
+
+
+def _take_over(
+    model: nn.Module, state: dict[str, Tensor], source: str, order: tuple[str, ...] | None, classes: tuple[str, ...]
+) -> None:
+    """Fill `model` from `state`, whose classifier has the rows `order` (None: left behind), brought to the order of `classes`."""
+    heads = architectures.heads(model)
+    if order is None:
+        checkpoint.fill(model, state, source, skip=heads)
+        return
+    rows = torch.tensor([order.index(name) for name in classes])
+    width = len(order)
+    state = {k: v[rows] if k.startswith(heads) and len(v) == width else v for k, v in state.items()}
+    checkpoint.fill(model, state, source)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (f", ... ({len(names)})" if len(names) > 6 else "")

@@ -1,0 +1,84 @@
+"""The evaluated models side by side, as read from the artifacts of `evaluate`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.report.evaluation import Evaluation
+from pipeline.report.statistics import Difference, paired_difference
+from pipeline.store import artifact
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluated model. `labels` and `predicted`: (N,) classes of the validation images, in the order of `ids`."""
+
+    name: str
+    evaluation: Evaluation
+    ids: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+    history: Mapping[str, Any]
+    lineage: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    difference: Difference | None = None
+    """To the baseline; None for the baseline itself."""
+    agreement: float | None = None
+    """Share of the validation images that it names as its teacher does; None where no entry measures its teacher."""
+
+    @property
+    def right(self) -> np.ndarray:
+        """(N,) bool."""
+        return np.asarray(self.labels == self.predicted)
+
+    @property
+    def origin(self) -> str:
+        training = self.evaluation.training
+        return f"{training.stage}/{training.entry}" if training.entry else training.stage or "brought in"
+
+
+def read_entry(name: str, folder: Path) -> Entry:
+    predictions = pq.read_table(folder / "predictions.parquet", columns=["id", "label", "predicted"])
+    return Entry(
+        name,
+        Evaluation.model_validate_json((folder / "evaluation.json").read_text()),
+        predictions["id"].to_numpy(),
+        predictions["label"].to_numpy(),
+        predictions["predicted"].to_numpy(),
+        json.loads((folder / "history.json").read_text()),
+        artifact.record(folder).get("lineage", {}),
+    )
+
+
+def against(baseline: str, entries: list[Entry]) -> list[Entry]:
+    base = next(e for e in entries if e.name == baseline)
+    for e in entries:
+        if not np.array_equal(e.ids, base.ids):
+            raise UserError(
+                f"`evaluate.{e.name}` and `evaluate.{baseline}` were measured on different images. Run `dvc repro`, "
+                "which measures both on data/prepare/val."
+            )
+    return [e if e is base else replace(e, difference=paired_difference(e.right, base.right)) for e in entries]
+
+
+def with_agreement(entries: list[Entry]) -> list[Entry]:
+    """The entries with the share of images on which they agree with their teacher, where one of them is the whole teacher."""
+    teachers = {e.origin: e for e in reversed(entries) if e.evaluation.model.exit is None}
+    found = []
+    for e in entries:
+        teacher = teachers.get(e.evaluation.training.teacher or "")
+        found.append(replace(e, agreement=float((e.predicted == teacher.predicted).mean())) if teacher else e)
+    return found
+
+
+def best_of(entries: Sequence[Entry], baseline: str) -> Entry | None:
+    """Of the entries with the baseline's network, the best on held-out images, unless that is the baseline."""
+    base = next(e for e in entries if e.name == baseline)
+    peers = [e for e in entries if e.evaluation.model == base.evaluation.model]
+    best = max(peers, key=lambda e: e.evaluation.holdout.top1)
+    return best if best.difference else None

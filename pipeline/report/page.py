@@ -1,0 +1,185 @@
+"""The comparison as one page that opens from disk."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+
+from pipeline.report.entries import Entry, best_of
+from pipeline.report.plots import checks_of, draw_accuracies, draw_curves, draw_exits, draw_reliability, svg_of
+from pipeline.report.table import COLUMNS, caution, mark_of, percent, points, scaled
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+MLFLOW = ".venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+HEAT_CLASSES = 40
+"""Classes that the heat table shows: of more, those whose accuracy differs most between the entries."""
+MATRIX_CLASSES = 20
+"""Up to so many classes the report shows who is taken for whom as a matrix."""
+MISTAKES = 10
+SHOWN_ITEMS = 6
+"""Items of a metric that is itself a mapping; data/<stage>/<entry>.json has all."""
+
+WORK = {
+    "draw": "Winnow draws the built-in images, so that it runs on a machine without any.",
+    "prepare": "Every image is indexed and checked; what cannot be read goes to quarantine with a reason.",
+    "dedup": "Pool images that SIFT matches to a validation image are removed: they would leak the test.",
+    "pretrain": "A network learns from images alone, contrastively.",
+    "teach": "A network learns from labels: a teacher, or the baseline.",
+    "score": "The teacher scores each image that is left in the pool.",
+    "select": "The images of each class that the teacher is surest of are kept; controls are drawn beside them.",
+    "distil": "A student learns the teacher's soft labels, and no others.",
+    "self_distil": "A network with several exits learns from its own deepest one.",
+}
+"""The stages in the order of their work, as the report tells it."""
+
+
+def render(title: str, baseline: str, entries: Sequence[Entry], notes: Sequence[str], data: Path, out: Path) -> str:
+    """One page without outside references, except a link to the gallery that `dedup` drew, if it did."""
+    gallery = gallery_of(data)
+    steps = _steps(entries, data)
+    best = best_of(entries, baseline)
+    shown = best or next(e for e in entries if e.name == baseline)
+    told = [e for e in entries if e.evaluation.val.reliability and e.name in (shown.name, baseline)]
+    with_exits = [e for e in entries if e.evaluation.exits]
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return template.from_string(TEMPLATE.read_text()).render(
+        title=title,
+        baseline=baseline,
+        entries=entries,
+        columns=COLUMNS,
+        notes=notes,
+        mark=lambda e: mark_of(e, notes),
+        caution=caution(entries),
+        best=best,
+        shown=shown,
+        reliability=svg_of(draw_reliability, told) if told else None,
+        confusion=_confusion(shown),
+        with_exits=with_exits,
+        exits=svg_of(draw_exits, with_exits) if with_exits else None,
+        speed=next((e.evaluation.speed for e in with_exits if e.evaluation.speed), None),
+        scaled=scaled,
+        corrupted=[e for e in entries if e.evaluation.corruptions],
+        mean=lambda shares: sum(shares) / len(shares),
+        percent=percent,
+        points=points,
+        counts=_counts(steps),
+        steps=steps,
+        figures=_figures,
+        accuracies=svg_of(draw_accuracies, entries),
+        curves=svg_of(draw_curves, entries) if any(checks_of(e) for e in entries) else None,
+        heat=_heat(entries),
+        classes=len(entries[0].evaluation.val.per_class),
+        mlflow=MLFLOW,
+        gallery=Path(os.path.relpath(gallery, out)).as_posix() if gallery.exists() else None,
+    )
+
+
+def gallery_of(data: Path) -> Path:
+    return data / "dedup" / "gallery" / "index.html"
+
+
+class Step(NamedTuple):
+    """A stage with its runs."""
+
+    stage: str
+    work: str
+    runs: list["Run"]
+
+
+class Run(NamedTuple):
+    name: str
+    reads: list[str]
+    params: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+
+def _steps(entries: Sequence[Entry], data: Path) -> list[Step]:
+    """All that led to the evaluations, from their lineage, in the order of the work."""
+    records = {key: record for e in entries for key, record in e.lineage.items()}
+    stages = [*WORK, *sorted({r["stage"] for r in records.values()} - WORK.keys())]
+    steps = []
+    for name in stages:
+        runs = [_run(r, data) for r in records.values() if r["stage"] == name]
+        if runs:
+            steps.append(Step(name, WORK.get(name, ""), runs))
+    return steps
+
+
+def _run(record: Mapping[str, Any], data: Path) -> Run:
+    file = data / record["stage"] / f"{record['entry'] or 'metrics'}.json"
+    metrics = json.loads(file.read_text()) if file.is_file() else {}
+    reads = sorted({i["path"].removeprefix("data/") for i in record["inputs"].values() if i["key"]})
+    return Run(record["entry"] or record["stage"], reads, record["params"], metrics)
+
+
+def _figures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in metrics.items():
+        label = name.replace("_", " ")
+        if isinstance(value, Mapping):
+            items = [f"{k} {_figure(v)}" for k, v in value.items() if not isinstance(v, Mapping)]
+            more = f", and {len(value) - SHOWN_ITEMS} more" if len(value) > SHOWN_ITEMS else ""
+            if items:
+                yield label, ", ".join(items[:SHOWN_ITEMS]) + more
+        elif value is not None:
+            yield label, _figure(value)
+
+
+def _figure(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _counts(steps: Sequence[Step]) -> list[tuple[int, str]]:
+    """The images on their way: as they came, without leaks, as selected."""
+    runs = {step.stage: step.runs for step in steps}
+    prepared = runs["prepare"][0].metrics if "prepare" in runs else {}
+    selections = runs.get("select", [])
+    counts = [
+        (prepared.get("train"), "labelled images to learn from"),
+        (prepared.get("pool"), "images in the pool"),
+        *((run.metrics.get("pool"), "left after dedup") for run in selections[:1]),
+        *((run.metrics.get("images"), f"selected as {run.name}") for run in selections if run.params["rule"] != "all"),
+    ]
+    return [(count, label) for count, label in counts if count is not None]
+
+
+def _heat(entries: Sequence[Entry]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """Rows of the heat table: a class, and for each entry its accuracy and its shade, both 0..1."""
+    names = list(entries[0].evaluation.val.per_class)
+    table = np.array([[e.evaluation.val.per_class[name] for e in entries] for name in names])  # C, E
+    if len(names) > HEAT_CLASSES:
+        differing = np.sort(np.argsort(-np.ptp(table, axis=1), kind="stable")[:HEAT_CLASSES])
+        names, table = [names[i] for i in differing], table[differing]
+    shade = (table - table.min()) / max(np.ptp(table), 1e-9)
+    return [
+        (name, list(zip(values.tolist(), shades.tolist(), strict=True)))
+        for name, values, shades in zip(names, table, shade, strict=True)
+    ]
+
+
+class Confusion(NamedTuple):
+    """`matrix`: a row per class with the share of its images that was named as each, 0..1 (empty where classes are many);
+    `mistakes`: (class, named, images), the most frequent first."""
+
+    matrix: list[tuple[str, list[float]]]
+    mistakes: list[tuple[str, str, int]]
+
+
+def _confusion(entry: Entry) -> Confusion:
+    names = list(entry.evaluation.val.per_class)
+    present = np.unique(entry.labels)  # a class without validation images has no accuracy, and no name there
+    of = dict(zip(present.tolist(), names, strict=True))
+    counts = np.zeros((len(names), len(names)), int)
+    seen = np.isin(entry.predicted, present)
+    np.add.at(counts, (np.searchsorted(present, entry.labels[seen]), np.searchsorted(present, entry.predicted[seen])), 1)
+    wrong = np.where(np.eye(len(names), dtype=bool), 0, counts)
+    pairs = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
+    mistakes = [
+        (of[present[i]], of[present[j]], int(wrong[i, j])) for i, j in zip(*np.unravel_index(pairs, wrong.shape), strict=True)
+    ]
+    shares = counts / np.maximum(1, np.bincount(np.searchsorted(present, entry.labels), minlength=len(names)))[:, None]
+    matrix = list(zip(names, shares.tolist(), strict=True)) if len(names) <= MATRIX_CLASSES else []
+    return Confusion(matrix, [m for m in mistakes if m[2]])

@@ -1,0 +1,194 @@
+"""The comparison as a table: in a terminal, in Markdown, as CSV and as JSON."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import rich.box
+import rich.console
+import rich.table
+
+from pipeline.report.entries import Entry, best_of
+
+
+class Column(NamedTuple):
+    title: str
+    meaning: str
+    cell: Callable[[Entry], str]
+    on_terminal: bool = True
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _gain(entry: Entry) -> str:
+    d = entry.difference
+    return f"{points(d.value)} [{points(d.low)}, {points(d.high)}]" if d else "–"
+
+
+COLUMNS = (
+    Column(
+        "val top-1 %",
+        "Share of the validation images whose first answer is right, with Wilson's 95 % interval.",
+        lambda e: "{} [{}, {}]".format(*(percent(getattr(e.evaluation.val, k)) for k in ("top1", "top1_low", "top1_high"))),
+    ),
+    Column(
+        "vs baseline",
+        "Difference in points to the baseline on the same images, with its 95 % interval (paired: Bonett and Price 2012).",
+        _gain,
+    ),
+    Column("top-5 %", "Share whose right class is among the first five.", lambda e: percent(e.evaluation.val.top5), False),
+    Column(
+        "ECE %",
+        "Expected calibration error: how far confidence and accuracy lie apart; 0 is perfect.",
+        lambda e: percent(e.evaluation.val.ece),
+    ),
+    Column(
+        "holdout %",
+        "Top-1 on the held-out labelled images, where choices are made.",
+        lambda e: percent(e.evaluation.holdout.top1),
+    ),
+    Column(
+        "as teacher %",
+        "Share of the validation images that it names as its teacher does, where the teacher has a row too.",
+        lambda e: "–" if e.agreement is None else percent(e.agreement),
+        False,
+    ),
+    Column(
+        "labels",
+        "Images whose labels were read in training, by the model or by its teacher.",
+        lambda e: f"{e.evaluation.training.labelled:,}",
+    ),
+    Column(
+        "unlabelled",
+        "Pool images that its own training saw; a fine-tune starts from a model that saw others.",
+        lambda e: f"{e.evaluation.training.unlabelled:,}",
+    ),
+    Column(
+        "steps", "Optimisation steps of its training, its start's included.", lambda e: f"{e.evaluation.training.steps:,}", False
+    ),
+    Column(
+        "training TMACs",
+        "Compute of its training, its start's included, in 10^12 multiply-accumulates: three forward passes for each image it "
+        "learned from and one of each network that taught it. What a teacher's own training took is not in it.",
+        lambda e: scaled(e.evaluation.training.macs, 1e12),
+    ),
+    Column(
+        "MMACs",
+        "Compute of a prediction, in 10^6 multiply-accumulates; of early exits the mean over the validation images.",
+        lambda e: scaled(e.evaluation.model.macs, 1e6),
+    ),
+    Column("parameters", "Weights of the network.", lambda e: f"{e.evaluation.model.parameters:,}"),
+)
+
+
+def scaled(count: int | None, unit: float) -> str:
+    """Three digits of a count in its unit."""
+    return "–" if count is None else f"{count / unit:,.0f}" if count >= 100 * unit else f"{count / unit:.3g}"
+
+
+def footnotes(entries: Sequence[Entry]) -> list[str]:
+    """The distinct notes; that of an entry is footnote 1 + its place here."""
+    return list(dict.fromkeys(e.evaluation.training.note for e in entries if e.evaluation.training.note))
+
+
+def mark_of(entry: Entry, notes: Sequence[str]) -> int | None:
+    note = entry.evaluation.training.note
+    return notes.index(note) + 1 if note else None
+
+
+def _marked(entry: Entry, notes: Sequence[str]) -> str:
+    mark = mark_of(entry, notes)
+    return f"{entry.name} [{mark}]" if mark else entry.name
+
+
+def as_markdown(entries: Sequence[Entry], notes: Sequence[str]) -> str:
+    rows = [["entry", *(c.title for c in COLUMNS)], *([_marked(e, notes), *(c.cell(e) for c in COLUMNS)] for e in entries)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first, *others = widths
+    lines = [_line([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
+    lines.insert(1, _line(["-" * first, *("-" * (width - 1) + ":" for width in others)]))
+    footnotes = [f"[{i}] {note}" for i, note in enumerate(notes, 1)]
+    return "\n".join([*lines, "", *footnotes, caution(entries)]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def difference_of(entry: Entry) -> dict[str, float | None]:
+    d = entry.difference
+    return {"delta": d and d.value, "delta_low": d and d.low, "delta_high": d and d.high}
+
+
+def as_csv(entries: Sequence[Entry]) -> str:
+    rows = []
+    for e in entries:
+        measured = {
+            f"{split}_{key}": value
+            for split, of in (("val", e.evaluation.val), ("holdout", e.evaluation.holdout))
+            for key, value in of.model_dump(exclude={"per_class", "reliability"}).items()
+        }
+        rows.append(
+            {
+                "entry": e.name,
+                **measured,
+                **difference_of(e),
+                "agreement": e.agreement,
+                **{("training_macs" if k == "macs" else k): v for k, v in e.evaluation.training.model_dump().items()},
+                **e.evaluation.model.model_dump(),
+            }
+        )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_json(title: str, baseline: str, entries: Sequence[Entry]) -> dict[str, Any]:
+    best = best_of(entries, baseline)
+    return {
+        "title": title,
+        "baseline": baseline,
+        "best": best and best.name,
+        "entries": {
+            e.name: {
+                **{part: value for part, value in e.evaluation.model_dump(mode="json").items() if value is not None},
+                **difference_of(e),
+                "agreement": e.agreement,
+                "history": e.history,
+            }
+            for e in entries
+        },
+    }
+
+
+def print_table(title: str, entries: Sequence[Entry]) -> None:
+    """The table on stderr, for the one who waited for it; where the terminal is too narrow, lines wrap but nothing is cut."""
+    notes = footnotes(entries)
+    columns = [c for c in COLUMNS if c.on_terminal]
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("entry", no_wrap=True)
+    for c in columns:
+        table.add_column(c.title, justify="right", no_wrap=True)
+    for e in entries:
+        table.add_row(_marked(e, notes), *(c.cell(e) for c in columns))
+    console = rich.console.Console(stderr=True, highlight=False, markup=False)
+    wide = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)
+    console.print(table)
+    for i, note in enumerate(notes, 1):
+        console.print(f"[{i}] {note}")
+    console.print(caution(entries))
+
+
+def caution(entries: Sequence[Entry]) -> str:
+    n = entries[0].evaluation.val.n
+    return f"Intervals: 95 %, for {n:,} validation images and one training run each; another seed moves the results too."

@@ -1,0 +1,46 @@
+"""Image files in folders."""
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pipeline.sources.source import File, InsideRoot, Member, Request, SourceError, with_class_folders
+from pipeline.store.params import Section
+
+
+class Folder(Section):
+    """Image files; where labels are wanted, `<class>/...`: the first folder below `path` names the class."""
+
+    kind: Literal["folder"]
+    path: InsideRoot
+
+    def files(self, request: Request) -> Iterator[File]:
+        """Every file below the folders, hidden and unreadable ones with their reason."""
+        for folder in request.matching(self.path):
+            yield from with_class_folders(_members(folder), folder, request, in_tar=False)
+
+
+def _members(folder: Path) -> Iterator[Member]:
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder. For a tar, say `kind: tar`.")
+    yield from _below(folder, "", frozenset())
+
+
+def _below(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[Member]:
+    """Links to files and folders are followed: image sets are often assembled of them."""
+    here = folder.stat()
+    if (here.st_dev, here.st_ino) in above:
+        raise SourceError(f"{folder} is a link to a folder that holds it, so it has no end. Remove the link.")
+    for path in folder.iterdir():
+        name = prefix + path.name
+        try:
+            kind = path.stat()
+        except FileNotFoundError:
+            yield Member(name, 0, reason="link to nothing")
+            continue
+        if stat.S_ISDIR(kind.st_mode):
+            yield Member(name + "/", 0)
+            yield from _below(path, name + "/", above | {(here.st_dev, here.st_ino)})
+        else:
+            yield Member(name, kind.st_size, reason=None if stat.S_ISREG(kind.st_mode) else "not a regular file")

@@ -1,0 +1,156 @@
+"""What all kinds of source share: paths, rows of a listing, errors."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import pyarrow as pa
+from pydantic import AfterValidator
+
+from pipeline.errors import UserError
+from pipeline.sources.tars import Tars
+
+LISTED = pa.schema(
+    [
+        ("id", pa.string()),
+        ("path", pa.dictionary(pa.int32(), pa.string())),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("class", pa.dictionary(pa.int32(), pa.string())),  # null in the pool
+        ("reason", pa.string()),  # why the file is not even read; null for an image to check
+    ]
+)
+
+
+class SourceError(UserError):
+    """A source named in params, or what it holds, does not make a data set."""
+
+
+def _inside(path: str) -> str:
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError("must lie below `prepare.root`, the folder that DVC watches; give it relative to that")
+    return path
+
+
+InsideRoot = Annotated[str, AfterValidator(_inside)]
+"""A path relative to `root`; may be a glob pattern."""
+
+Role = Literal["labelled", "val", "pool"]
+
+
+class Request(NamedTuple):
+    """What a kind of source is asked for: the files of one role below `root`.
+
+    Images that are no files become members of `tars`; the classes that a source has are added to `classes`.
+    """
+
+    role: Role
+    root: Path
+    tars: Tars
+    classes: set[str]
+
+    def matching(self, pattern: str) -> list[Path]:
+        """What a path or a glob pattern names below `root`. Raises SourceError if that is nothing."""
+        whole = self.root / pattern
+        named = [whole] if whole.exists() else sorted(p for p in self.root.glob(pattern) if p.name[0] != ".")
+        if not named:
+            near = difflib.get_close_matches(pattern, [p.name for p in self.root.iterdir()], n=1)
+            hint = f" (did you mean `{near[0]}`?)" if near else ""
+            raise SourceError(
+                f"prepare.{self.role}: nothing matches `{pattern}`{hint} in {self.root}, the folder of prepare.root. Correct the "
+                "path, or put the data there."
+            )
+        return named
+
+    def prefix(self, path: Path) -> str:
+        """What the ids of the images in `path` begin with."""
+        return "" if path == self.root else path.relative_to(self.root).as_posix() + "/"
+
+
+class File(NamedTuple):
+    """A row of LISTED."""
+
+    id: str
+    path: str
+    offset: int
+    size: int
+    label: str | None
+    reason: str | None
+
+
+class Member(NamedTuple):
+    """A file of a folder or tar; a folder has a name that ends in a slash."""
+
+    name: str  # within the source
+    size: int
+    offset: int = 0
+    reason: str | None = None  # why it cannot be an image
+
+
+class Record(NamedTuple):
+    """An image that is no file: a row of a table."""
+
+    id: str
+    data: bytes
+    label: str | None
+    reason: str | None = None
+
+
+def with_class_folders(members: Iterable[Member], path: Path, request: Request, *, in_tar: bool) -> Iterator[File]:
+    """The files of one folder or tar. Raises SourceError if labels are wanted and it has no class folders."""
+    labelled, seen = request.role != "pool", set[str]()
+    prefix, inside = request.prefix(path), path.as_posix()
+    for member in members:
+        name = _utf8(member.name)
+        visible = not any(part.startswith(".") for part in name.split("/"))
+        top, slash, _ = name.partition("/")
+        label = top if labelled and slash else None
+        if label is not None and visible:
+            seen.add(label)
+        if name.endswith("/"):
+            continue
+        reason = member.reason
+        if reason is None and not visible:
+            reason = "hidden file"
+        elif reason is None and labelled and not slash:
+            reason = "outside of the class folders"
+        elif reason is None and not in_tar and name != member.name:
+            reason = "file name is not UTF-8"
+        file = inside if in_tar else f"{inside}/{name}"
+        yield File(prefix + name, file, member.offset, member.size, label, reason)
+    if labelled and not seen:
+        raise SourceError(
+            f"prepare.{request.role}: {path} has no class folders. Labelled images are expected as <class>/<image>, one folder "
+            "for each class."
+        )
+    request.classes.update(seen)
+
+
+def _utf8(name: str) -> str:
+    """A name as Parquet can hold it: bytes that are not UTF-8 become escapes."""
+    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def unpacked(records: Iterable[Record], request: Request) -> Iterator[File]:
+    """Images that are no files, as members of the request's tars."""
+    for record in records:
+        path, offset = request.tars.add(record.id, record.data)
+        if record.label is not None:
+            request.classes.add(record.label)
+        yield File(record.id, path, offset, len(record.data), record.label, record.reason)
+
+
+def record_of(image: str, data: bytes, label: str | int | None, names: Sequence[str] | None, role: Role) -> Record:
+    """`label` is the class's name, or its number in `names`; below 0 it means, by custom, that there is none."""
+    if role == "pool":
+        return Record(image, data, None)
+    if isinstance(label, int):
+        known = range(len(names)) if names is not None else range(label + 1)
+        label = None if label not in known else names[label] if names is not None else str(label)
+    return Record(image, data, label, None if label is not None else "no label")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first ten of `names`, for a message."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "none"

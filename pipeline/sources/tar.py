@@ -1,0 +1,83 @@
+"""Uncompressed tars, read in place."""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pipeline.sources.source import File, InsideRoot, Member, Request, SourceError, with_class_folders
+from pipeline.store.params import Section
+
+
+class Tar(Section):
+    """Uncompressed tars, read in place; where labels are wanted, the first folder of a member's name is its class."""
+
+    kind: Literal["tar"]
+    path: InsideRoot
+
+    def files(self, request: Request) -> Iterator[File]:
+        """Every member of the tars. Raises SourceError for a tar that is compressed, cut short or damaged."""
+        for file in request.matching(self.path):
+            yield from with_class_folders(_members(file), file, request, in_tar=True)
+
+
+def _members(file: Path) -> Iterator[Member]:
+    _refuse_compressed(file)
+    try:
+        with tarfile.open(file, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # or it would keep an object of every member
+                yield _member(member)
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise SourceError(
+            f"{file} cannot be read as a tar ({error}). It may be cut short or damaged: copy or make it anew."
+        ) from None
+    _expect_the_end(file, end)
+
+
+def _member(member: tarfile.TarInfo) -> Member:
+    name = member.name.removeprefix("./")
+    if member.isdir():
+        return Member(name + "/", 0)
+    if member.islnk() or member.issym():
+        return Member(name, 0, member.offset_data, "link inside a tar")
+    if not member.isreg() or member.issparse():
+        return Member(name, member.size, member.offset_data, "not a regular file")
+    return Member(name, member.size, member.offset_data)
+
+
+def _refuse_compressed(file: Path) -> None:
+    if not file.is_file():
+        raise SourceError(f"{file} is not a file. For a folder of images, say `kind: folder`.")
+    with file.open("rb") as f:
+        head = f.read(6)
+    for magic, name, unpack in (
+        (b"\x1f\x8b", "gzip", "gunzip -k"),
+        (b"BZh", "bzip2", "bunzip2 -k"),
+        (b"\xfd7zXZ", "xz", "unxz -k"),
+        (b"\x28\xb5\x2f\xfd", "zstd", "zstd -d"),
+        (b"PK\x03\x04", "zip", "unzip, then tar -cf"),
+    ):
+        if head.startswith(magic):
+            raise SourceError(
+                f"{file} is compressed ({name}), but images are read in place from uncompressed tars. Unpack it once: "
+                f"`{unpack} {file}`."
+            )
+
+
+def _expect_the_end(file: Path, end: int) -> None:
+    """A tar ends with zeros; tarfile also stops, without a word, where it is cut, damaged, or followed by another tar."""
+    with file.open("rb") as f:
+        f.seek(end)
+        mark = f.read(tarfile.BLOCKSIZE)
+        if len(mark) < tarfile.BLOCKSIZE:
+            raise SourceError(f"{file} is cut short: the end mark of a tar is missing. Copy or make it anew.")
+        if mark.strip(b"\0"):
+            raise SourceError(f"{file} is damaged at byte {end}: no member of a tar begins there. Copy or make it anew.")
+        while rest := f.read(1 << 20):
+            if rest.strip(b"\0"):
+                raise SourceError(
+                    f"{file} goes on behind its end mark, as tars joined by `cat` do, and what follows would be lost. "
+                    "Keep them apart, or join them with `tar -A`."
+                )

@@ -1,0 +1,206 @@
+"""The table of images: one row per image, saying where its bytes lie.
+
+Readers and trainers know manifests only, never data sets by name. Rows are sorted by id, so a row number orders images
+as ids do.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field, PositiveInt
+
+from pipeline.errors import UserError
+from pipeline.store import artifact
+
+FILE = "manifest.parquet"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),  # unique and stable: <file of the source>/<name within it>
+        ("path", pa.dictionary(pa.int32(), pa.string())),  # relative to the working directory of the stages
+        ("offset", pa.int64()),  # of the image's first byte: 0 for a file of its own, else inside an uncompressed tar
+        ("size", pa.int64()),  # bytes
+        ("width", pa.int32()),  # pixels, after EXIF orientation
+        ("height", pa.int32()),
+        ("crc32", pa.uint32()),  # of the encoded bytes: an image replaced in place changes the manifest
+        ("label", pa.int32()),  # index into `classes`; null in the pool
+    ]
+)
+
+
+Amount = PositiveInt | Annotated[float, Field(gt=0, le=1)]
+"""So many images of each class, or a share of them: 50, 0.01."""
+
+
+class ManifestError(UserError):
+    """A manifest, or an image it points to, is not what it says."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`table` has SCHEMA's columns, sorted by id; `classes` names the labels (empty where no image has one)."""
+
+    table: pa.Table
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def labels(self) -> np.ndarray:
+        """(N,) int64. Raises ManifestError if any image has no label."""
+        column = self.table["label"]
+        if column.null_count:
+            raise ManifestError(f"{column.null_count} of {len(self)} images have no label, but labels are needed here.")
+        return column.to_numpy().astype(np.int64)
+
+    def labels_of(self, images: "Manifest", otherwise: int) -> np.ndarray:
+        """(M,) int64: of each of `images` the label that it has here, by its id, or `otherwise`."""
+        found = pc.index_in(images.table["id"], value_set=self.table["id"]).combine_chunks()
+        rows = found.fill_null(-1).to_numpy(zero_copy_only=False)
+        return np.where(rows < 0, otherwise, self.labels()[rows])
+
+    def take(self, rows: np.ndarray) -> "Manifest":
+        """The images of the given row numbers, in ascending order of row."""
+        return Manifest(self.table.take(pa.array(np.sort(rows))), self.classes)
+
+
+def read(folder: Path) -> Manifest:
+    """Read and verify a manifest artifact. Raises ArtifactError or ManifestError."""
+    artifact.verify(folder)
+    if not (folder / FILE).is_file():
+        raise ManifestError(f"{folder} has no {FILE}: images are expected here (an artifact of prepare, dedup or select).")
+    table = pq.read_table(folder / FILE)
+    classes = tuple(json.loads((table.schema.metadata or {}).get(b"classes", b"[]")))
+    # One chunk: to take a few rows of a string column in many chunks, pyarrow goes through all of it.
+    return Manifest(table.cast(SCHEMA).unify_dictionaries().combine_chunks(), classes)
+
+
+def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
+    """Write `table`, sorted by id, as the manifest of an artifact being written. Raises ManifestError on a repeated id.
+
+    The file's bytes depend on the rows alone, not on their order or on how they were gathered in memory.
+    """
+    table = table.select(SCHEMA.names).cast(SCHEMA)
+    ids = table["id"]
+    if len(ids) > 1 and not pc.all(pc.less(ids[:-1], ids[1:])).as_py():
+        table = table.sort_by("id")
+        again = pc.index(pc.equal(table["id"][:-1], table["id"][1:]), True).as_py()
+        if again >= 0:
+            raise ManifestError(f"the image id {table['id'][again]} occurs twice.")
+    table = table.set_column(SCHEMA.get_field_index("path"), SCHEMA.field("path"), _in_order_of_use(table["path"]))
+    table = table.combine_chunks().replace_schema_metadata({"classes": json.dumps(list(classes))})
+    pq.write_table(table, folder / FILE, compression="zstd", row_group_size=1 << 18)
+
+
+def _in_order_of_use(column: pa.ChunkedArray) -> pa.Array:
+    """The same dictionary column, its dictionary made of the values in use in the order of their first row."""
+    if not len(column):
+        return pa.array([], column.type)
+    column = column.unify_dictionaries()
+    indices = pa.chunked_array([chunk.indices for chunk in column.chunks]).combine_chunks().dictionary_encode()
+    return pa.DictionaryArray.from_arrays(indices.indices, column.chunk(0).dictionary.take(indices.dictionary))
+
+
+def concat(parts: Sequence[Manifest]) -> Manifest:
+    """The union of manifests, sorted by id; the classes are those of the first that has any.
+
+    Raises ManifestError if an image is in two of them.
+    """
+    classes = next((p.classes for p in parts if p.classes), ())
+    table = pa.concat_tables([p.table for p in parts]).unify_dictionaries().sort_by("id")
+    again = pc.index(pc.equal(table["id"][:-1], table["id"][1:]), True).as_py()
+    if again >= 0:
+        raise ManifestError(f"the image {table['id'][again]} is in two of the sets that are to be put together.")
+    return Manifest(table, classes)
+
+
+class ToLearn(NamedTuple):
+    """`seen`: the images to learn on; `labelled`: the labelled ones; `unlabelled`: how many of `seen` are not among these."""
+
+    seen: Manifest
+    labelled: Manifest
+    unlabelled: int
+
+
+def to_learn(chosen: Path, train: Path, labelled: bool) -> ToLearn:
+    """The images of `chosen`, and those of `train` too if `labelled` says so.
+
+    An image of both, as where `train` was packed, is read from where `chosen` has it.
+    """
+    given, known = read(chosen), read(train)
+    rest = known.take(np.flatnonzero(~_among(known, given)))
+    seen = concat([given, rest]) if labelled and len(rest) else given
+    return ToLearn(seen, known, len(given) - (len(known) - len(rest)))
+
+
+def _among(images: Manifest, others: Manifest) -> np.ndarray:
+    """(N,) bool: which of `images` are also in `others`."""
+    return np.asarray(pc.is_in(images.table["id"], value_set=others.table["id"]).to_numpy(), bool)
+
+
+def balanced(images: Manifest, amount: Amount, seed: int) -> Manifest:
+    """So many images of each class, or that share of them and at least one.
+
+    Drawn by `seed`; a larger amount holds the images of a smaller one, and no class moves another's draw. Raises ManifestError
+    for a class with fewer images.
+    """
+    labels, kept = images.labels(), []
+    for label, name in enumerate(images.classes):
+        rows = np.flatnonzero(labels == label)
+        wanted = amount if isinstance(amount, int) else max(1, round(amount * len(rows)))
+        if not 0 < wanted <= len(rows):
+            raise ManifestError(f"`labels` asks for {wanted} images of the class {name}, which has {len(rows)}.")
+        kept.append(np.random.default_rng((seed, label)).permutation(rows)[:wanted])
+    return images.take(np.concatenate(kept))
+
+
+def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[bytes]:
+    """The encoded bytes of the given rows, in that order.
+
+    Raises ManifestError if a file is gone or its bytes are not those that `prepare` saw.
+    """
+    table = images.table.select(["id", "path", "offset", "size", "crc32"]).take(pa.array(rows, pa.int64()))
+    with Opened() as opened:
+        for image, path, offset, size, crc in zip(*table.to_pydict().values(), strict=True):
+            data = opened.read(path, offset, size)
+            if len(data) != size or zlib.crc32(data) != crc:
+                raise ManifestError(
+                    f"{path}: the image {image} is not the one that `prepare` indexed ({len(data)} of {size} bytes "
+                    "read). Put the file back, or run `dvc repro prepare` to index what is there now."
+                )
+            yield data
+
+
+class Opened:
+    """Files read by (offset, size); the last one stays open, as neighbours mostly share a tar."""
+
+    def __init__(self) -> None:
+        self.path: str | None = None
+        self.file: BinaryIO | None = None
+
+    def __enter__(self) -> "Opened":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+        self.path = self.file = None
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Fewer than `size` bytes where the file ends; raises ManifestError if it cannot be opened."""
+        if path != self.path or self.file is None:
+            self.__exit__()
+            try:
+                self.file = Path(path).open("rb")  # noqa: SIM115
+            except OSError as error:
+                raise ManifestError(f"{path} cannot be opened ({error.strerror}). Images are read from it.") from error
+            self.path = path
+        self.file.seek(offset)
+        return self.file.read(size)

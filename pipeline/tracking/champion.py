@@ -1,0 +1,223 @@
+"""One run in MLflow for a whole run of the pipeline, and its champion in the model registry.
+
+    python -m pipeline.tracking.champion STAGE... `prepare distil.ssld ...`: the stages that were run or found up to date
+
+The comparison's own run is that of the pipeline where a comparison was made (`tracking.mirror`); where none was, because the run
+had other targets or because DVC had nothing to do, a run is made here, with the same children, params, metrics and tags. The tags
+given by WINNOW_TAGS, the git commit and the hash of dvc.lock tie it to its flow run, its code and its data.
+
+The student that the comparison calls best (of the models with the baseline's network, the best on held-out images) becomes a
+version of the registered model `winnow`, with its weights as safetensors, its signature and its metrics. It takes the alias
+`champion`, unless the version that has it did better on the same held-out images. Prints, as JSON, the links to the run and to
+the version.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.errors import UserError
+from pipeline.harness.journal import DEFAULT_URI, given_tags, metrics_on_disk, tags_of_now
+from pipeline.store import artifact
+from pipeline.tracking.comparison import complete
+from pipeline.tracking.experiment import Experiment
+
+MODEL, CHAMPION = "winnow", "champion"
+COMPARISON = "compare"  # the stage whose results name the best student
+DATA = Path("data")
+
+
+def records(stages: Sequence[str], data: Path = DATA) -> dict[str, dict[str, Any]]:
+    """The records of the artifacts of `stages` (`distil.ssld`) and of all they were made from, by key."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in stages:
+        stage, _, entry = name.partition(".")
+        for folder in sorted((data / stage).glob(entry or "*")):
+            record = artifact.record(folder)
+            if record and record["stage"] == stage and (record["entry"] or "") == entry:
+                found |= record["lineage"]
+                found[record["key"]] = {k: v for k, v in record.items() if k != "lineage"}
+    return found
+
+
+def summarise(experiment: Experiment, stages: Sequence[str], tags: Mapping[str, str]) -> str:
+    """The id of the run of this run of the pipeline; made if no comparison made it."""
+    flow_run = tags.get("prefect.flow_run_id")
+    own = experiment.search("prefect.flow_run_id", flow_run) if flow_run else []
+    for run in own:
+        made_here = run.data.tags.get("winnow.stage") in (COMPARISON, "pipeline")
+        if made_here and run.info.status == "FINISHED" and "mlflow.parentRunId" not in run.data.tags:
+            experiment.client.set_tag(run.info.run_id, "winnow.dvc_lock", lock_hash())
+            return str(run.info.run_id)
+    lineage, now = records(stages), time.time()
+    name = tags.get("prefect.flow_run_name", "pipeline")
+    all_tags = {"winnow.stage": "pipeline", "winnow.dvc_lock": lock_hash(), **tags_of_now(), **tags}
+    run_id = experiment.create(name, now, all_tags)
+    with tempfile.TemporaryDirectory() as folder:
+        complete(experiment, run_id, lineage, {"time": now, "compared": metrics_on_disk(lineage)}, Path(folder) / "runs.json")
+        experiment.client.log_artifacts(run_id, folder)
+    experiment.client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def lock_hash() -> str:
+    """The SHA-256 of dvc.lock, which names every input and output of every stage; empty where there is none."""
+    lock = Path("dvc.lock")
+    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else ""
+
+
+class Best(NamedTuple):
+    """An entry of `evaluate`, its model directory, its evaluation, and the identity of the held-out images."""
+
+    name: str
+    model: Path
+    evaluation: dict[str, Any]
+    holdout: str
+
+
+def best(data: Path = DATA) -> Best | None:
+    """The entry that the comparison calls best.
+
+    None without a comparison, where no student beat the baseline it is compared with, and where the model or its evaluation was
+    made anew since.
+    """
+    folder = data / COMPARISON / "results"
+    if not folder.is_dir():
+        return None
+    comparison = json.loads((artifact.verify(folder) / "comparison.json").read_text())
+    name = comparison["best"]
+    if name is None:
+        return None
+    evaluation = artifact.record(data / "evaluate" / name)
+    measured = evaluation["inputs"]["model"]
+    model = Path(measured["path"])
+    compared = evaluation["key"] in artifact.record(folder)["lineage"]
+    if not compared or not model.is_dir() or artifact.identity(model) != measured["identity"]:
+        return None
+    return Best(name, model, comparison["entries"][name], evaluation["inputs"]["holdout"]["identity"])
+
+
+def register(experiment: Experiment, folder: Path, evaluation: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+    """Make the model directory `folder` a version, and the champion if none is better; returns the version.
+
+    One that already is a version is not copied again. `tags`: of a new version; those that are measured on the same held-out
+    images have the same `winnow.holdout`.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = experiment.client
+    record = artifact.record(folder)
+    key = record["key"]
+    known = [v for v in client.search_model_versions(f"name = '{MODEL}'") if v.tags.get("winnow.key") == key]
+    if known:
+        version = str(known[0].version)
+    else:
+        try:
+            client.create_registered_model(MODEL, description="The best student of each comparison; see the alias `champion`.")
+        except MlflowException:  # it is there
+            client.get_registered_model(MODEL)
+        run = next(iter(experiment.search("winnow.key", key)), None)
+        metrics = {
+            f"{split}_{name}": float(value)
+            for split in ("val", "holdout")
+            for name, value in evaluation[split].items()
+            if isinstance(value, int | float)
+        }
+        facts = {"winnow.key": key, "winnow.stage": record["stage"], "winnow.entry": record["entry"] or "", **tags}
+        version = _new_version(experiment, folder, run.info.run_id if run else None, metrics, facts)
+    if not _is_beaten(client.get_model_version(MODEL, version), client.get_registered_model(MODEL).aliases.get(CHAMPION), client):
+        client.set_registered_model_alias(MODEL, CHAMPION, version)
+    return version
+
+
+def _is_beaten(new: Any, champion: str | None, client: Any) -> bool:
+    """Whether the present champion did better than the version `new`, and on the same held-out images."""
+    if champion is None:
+        return False
+    there = client.get_model_version(MODEL, champion).tags
+    on_the_same = there.get("winnow.holdout") == new.tags.get("winnow.holdout")
+    return on_the_same and float(there["holdout_top1"]) > float(new.tags["holdout_top1"])
+
+
+def _new_version(
+    experiment: Experiment, folder: Path, run_id: str | None, metrics: Mapping[str, float], tags: Mapping[str, str]
+) -> str:
+    import mlflow
+    from mlflow.models import Model
+
+    mlflow.set_tracking_uri(experiment.uri)  # where the registry looks for a logged model, whatever client it was asked by
+    client, description = experiment.client, json.loads((artifact.verify(folder) / "model.json").read_text())
+    logged = client.create_logged_model(
+        experiment.experiment_id, name=MODEL, source_run_id=run_id, tags=dict(tags), params={"arch": description["arch"]}
+    )
+    with tempfile.TemporaryDirectory() as copy:
+        for file in folder.iterdir():
+            (Path(copy) / file.name).symlink_to(file.absolute())
+        how_to_load = {"weights": "model.safetensors", "description": "model.json"}
+        takes = signature(description["classes"], description["input"]["size"])
+        model = Model(artifact_path=MODEL, signature=takes, flavors={"winnow": how_to_load}, model_id=logged.model_id)
+        model.save(str(Path(copy) / "MLmodel"))
+        client.log_model_artifacts(logged.model_id, copy)
+    client.finalize_logged_model(logged.model_id, "READY")
+    if run_id is not None:
+        for name, value in metrics.items():
+            client.log_metric(run_id, f"champion.{name}", value, model_id=logged.model_id)
+    made = client.create_model_version(
+        MODEL, f"models:/{logged.model_id}", run_id=run_id, model_id=logged.model_id, await_creation_for=0,
+        tags={**tags, **{name: f"{value:.6g}" for name, value in metrics.items()}},
+    )  # fmt: skip
+    return str(made.version)
+
+
+def signature(classes: Sequence[str], size: int) -> Any:
+    """What a network takes and gives: (N, 3, size, size) float32, normalised as model.json says, and (N, C) float32 logits."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    pixels = TensorSpec(np.dtype(np.float32), (-1, 3, size, size), "pixels")
+    logits = TensorSpec(np.dtype(np.float32), (-1, len(classes)), "logits")
+    return ModelSignature(inputs=Schema([pixels]), outputs=Schema([logits]))
+
+
+def links(experiment: Experiment, run_id: str, version: str | None) -> dict[str, str]:
+    """Where to look: pages of the server, or those that `mlflow ui` on the database would show."""
+    server = experiment.uri if experiment.uri.startswith("http") else "http://127.0.0.1:5000"
+    found = {"run": f"{server}/#/experiments/{experiment.experiment_id}/runs/{run_id}"}
+    if version is not None:
+        is_champion = str(experiment.client.get_registered_model(MODEL).aliases.get(CHAMPION)) == version
+        found[CHAMPION if is_champion else "student"] = f"{server}/#/models/{MODEL}/versions/{version}"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.tracking.champion", description="The run of the pipeline, and its champion."
+    )
+    parser.add_argument("stages", nargs="*", help="such as `prepare` or `distil.ssld`")
+    args = parser.parse_args()
+    tags = given_tags()
+    experiment = Experiment(
+        os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI), os.environ.get("MLFLOW_EXPERIMENT_NAME", "winnow")
+    )
+    try:
+        run_id = summarise(experiment, args.stages, tags)
+        champion = best()
+        version = None
+        if champion is not None:
+            facts = {**tags, "winnow.evaluation": champion.name, "winnow.holdout": champion.holdout}
+            version = register(experiment, champion.model, champion.evaluation, facts)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(json.dumps(links(experiment, run_id, version)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""The flow on small DVC projects of shell commands: what runs, what is cached, what is tried again, and what is left behind."""
+
+import asyncio
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import TaskRun
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import child, dag, run, worktree
+
+pytestmark = [pytest.mark.flows, pytest.mark.filterwarnings("ignore")]  # Prefect's own warnings
+
+DVC_YAML = """
+stages:
+  make:
+    cmd: sh make.sh && printf '%s' ${make.text} > data/made
+    params:
+      - make
+    deps:
+      - make.sh
+    outs:
+      - data/made
+  use:
+    foreach: ${use}
+    do:
+      cmd: mkdir -p data/use/${key} && cat data/made > data/use/${key}/it && echo '{"n":1}' > data/use/${key}.json
+      params:
+        - use.${key}
+      deps:
+        - data/made
+      outs:
+        - data/use/${key}
+      metrics:
+        - data/use/${key}.json:
+            cache: false
+  last:
+    cmd: cat data/use/a/it data/use/b/it > data/last
+    deps:
+      - data/use/a
+      - data/use/b
+    outs:
+      - data/last
+"""
+PARAMS = "make: &shared {text: hello, n: 1}\nuse: {a: {by: 1}, b: {by: 2}}\nother: *shared\n"
+
+
+def sh(folder: Path, *command: str) -> str:
+    done = subprocess.run(command, cwd=folder, env=dag.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "dvc.yaml").write_text(DVC_YAML)
+    (folder / "params.yaml").write_text(PARAMS)
+    (folder / "make.sh").write_text("mkdir -p data\n")
+    (folder / ".gitignore").write_text("/data/\n/.scratch/\n")
+    sh(folder, "git", "init", "-q", ".")
+    sh(folder, "git", "config", "user.name", "n")
+    sh(folder, "git", "config", "user.email", "n@example.org")
+    sh(folder, "dvc", "init", "-q")
+    sh(folder, "git", "add", "-A")
+    sh(folder, "git", "commit", "-qm", "all")
+    return folder
+
+
+@pytest.fixture
+def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "project"
+    sh(tmp_path, "git", "clone", "-q", str(template), str(folder))
+    sh(folder, "git", "config", "user.name", "n")
+    sh(folder, "git", "config", "user.email", "n@example.org")
+    monkeypatch.chdir(folder)
+    for sends_to_mlflow in ("flush", "report"):  # these projects have nothing to tell it
+        monkeypatch.setattr(run, sends_to_mlflow, nothing)
+    return folder
+
+
+async def nothing(*_: Any) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def play(**parameters: Any) -> dict[str, str]:
+    """Run the flow to its end; the final state of each stage, by name."""
+    return asyncio.run(_play(parameters))
+
+
+async def _play(parameters: dict[str, Any]) -> dict[str, str]:
+    await run.winnow(return_state=True, **{"elsewhere": False, **parameters})
+    return {r.name: r.state_name or "" for r in await task_runs()}
+
+
+async def task_runs() -> list[TaskRun]:
+    """Those of the latest flow run."""
+    async with get_client() as client:
+        runs = await client.read_flow_runs(limit=200)
+        latest = max(runs, key=lambda r: r.created or 0)
+        await asyncio.sleep(1.0)  # task runs arrive as events
+        return [r for r in await client.read_task_runs(limit=200) if r.flow_run_id == latest.id]
+
+
+def processes_with(word: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if word in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def until(true: Callable[[], Any], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# DVC
+
+
+def test_the_graph_is_that_of_dvc_yaml(project: Path) -> None:
+    graph = dag.read(project)
+    assert list(graph.needs) == ["make", "use@a", "use@b", "last"]
+    assert graph.needs["last"] == {"use@a", "use@b"}
+    assert graph.upstream(["use@b"]) == ["make", "use@b"]
+    assert graph.upstream(["use"]) == ["make", "use@a", "use@b"]
+    assert graph.affected({"use@a": []}) == ["use@a", "last"]
+    with pytest.raises(dag.DVCError, match="there is no stage 'us'"):
+        graph.upstream(["us"])
+
+
+def test_a_change_reaches_only_its_own_key_although_yaml_shares_it(project: Path) -> None:
+    dag.override(project, ["make.text=bye", "use.a.by=7"])
+    tree = yaml.safe_load((project / "params.yaml").read_text())
+    assert tree == {
+        "make": {"text": "bye", "n": 1},
+        "use": {"a": {"by": 7}, "b": {"by": 2}},
+        "other": {"text": "hello", "n": 1},
+    }
+    with pytest.raises(dag.DVCError, match="nothing"):
+        dag.override(project, ["make.nothing=1"])
+
+
+@pytest.mark.parametrize(
+    ("code", "lines", "again"),
+    [
+        (255, ["error: there is no `k`", "ERROR: failed to reproduce 'x': failed to run: python -m x, exited with 2"], False),
+        (255, ["KeyError: 1", "ERROR: failed to reproduce 'x': failed to run: python -m x, exited with 1"], False),
+        (255, ["error: the disk is full", "ERROR: failed to reproduce 'x': failed to run: python -m x, exited with 75"], True),
+        (255, ["ERROR: failed to reproduce 'x': failed to run: python -m x, exited with -9"], True),
+        (255, ["ERROR: failed to reproduce 'x': failed to run: python -m x, exited with 137"], True),
+        (255, ["ERROR: 'data/x' is busy, it is being blocked by:"], True),
+        (137, [], True),
+        (
+            255,
+            ["Root Cause (first observed failure):", "  exitcode  : -9 (pid: 7)", "ERROR: failed to run: python, exited with 1"],
+            True,
+        ),
+    ],
+)
+def test_what_may_be_tried_again(code: int, lines: list[str], again: bool) -> None:
+    assert run.verdict(child.Ended(code, lines)).again is again
+
+
+# Processes
+
+
+def test_lines_arrive_while_the_command_runs(tmp_path: Path) -> None:
+    heard = []
+
+    async def line(text: str) -> None:
+        heard.append((text, (tmp_path / "done").exists()))
+
+    ended = asyncio.run(
+        child.run(["sh", "-c", "echo one; sleep 0.5; printf 'a\\rb\\n' >&2; touch done; exit 3"], cwd=tmp_path, line=line)
+    )
+    assert heard[0] == ("one", False)
+    assert [text for text, _ in heard] == ["one", "a", "b"]
+    assert (ended.code, ended.lines) == (3, ["one", "a", "b"])
+
+
+def test_a_cancelled_command_ends_with_all_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "GRACE_SECONDS", 0.5)  # for what does not listen
+    script = "trap '' TERM; sleep 4321.5 & sh -c 'sleep 4321.5; true' & wait; sleep 4321.5"
+
+    async def cancel() -> None:
+        started = asyncio.create_task(child.run(["sh", "-c", script], cwd=tmp_path))
+        await asyncio.to_thread(until, lambda: len(processes_with("sleep\x004321.5")) == 2)
+        started.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await started
+
+    asyncio.run(cancel())
+    assert processes_with("sleep\x004321.5") == []
+    assert processes_with("sleep 4321.5; true") == []
+
+
+def test_a_command_ends_when_the_flow_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import asyncio; from pathlib import Path; from flows import child;"
+        "asyncio.run(child.run(['sh', '-c', 'sleep 4322.5; true'], cwd=Path('.')))"
+    )
+    flow = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    until(lambda: processes_with("sleep\x004322.5"))
+    flow.send_signal(signal.SIGKILL)
+    flow.wait()
+    until(lambda: not processes_with("4322.5"))
+
+
+# The flow
+
+
+def test_only_what_is_stale_runs(project: Path, server: None) -> None:
+    assert play() == {"make": "Completed", "use@a": "Completed", "use@b": "Completed", "last": "Completed"}
+    assert (project / "data/last").read_text() == "hellohello"
+    lock = (project / "dvc.lock").read_text()
+    assert set(play().values()) == {"Cached"}
+    (project / "params.yaml").write_text(PARAMS.replace("by: 1", "by: 3"))
+    assert play() == {"make": "Cached", "use@a": "Completed", "use@b": "Cached", "last": "Cached"}
+    (project / "params.yaml").write_text(PARAMS)
+    (project / "data/last").unlink()
+    assert play(targets=["last"]) == {"make": "Cached", "use@a": "Restored", "use@b": "Cached", "last": "Restored"}
+    assert (project / "dvc.lock").read_text() == lock
+    assert play(targets=["use@b"], force=True) == {"make": "Completed", "use@b": "Completed"}
+
+
+def test_a_failure_holds_up_what_needs_it_and_nothing_else(project: Path, server: None) -> None:
+    text = DVC_YAML.replace("cat data/made > data/use/${key}/it", "test ${key} != a && cat data/made > data/use/${key}/it")
+    (project / "dvc.yaml").write_text(text)
+    assert play() == {"make": "Completed", "use@a": "Failed", "use@b": "Completed"}
+
+
+def test_a_killed_stage_is_tried_again(project: Path, server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "RETRY_SECONDS", [0, 0, 0])
+    (project / "make.sh").write_text(
+        "mkdir -p data; test -e .scratch/again || { mkdir .scratch; touch .scratch/again; kill -9 $$; }\n"
+    )
+    assert play(targets=["make"], retries=1) == {"make": "Completed"}
+    runs = asyncio.run(task_runs())
+    assert [r.run_count for r in runs] == [2]
+
+
+def test_a_wrong_input_is_not_tried_again(project: Path, server: None) -> None:
+    (project / "make.sh").write_text("echo run >> count; echo 'error: params.yaml: no' >&2; exit 2\n")
+    assert play(targets=["make"], retries=2) == {"make": "Failed"}
+    assert (project / "count").read_text() == "run\n"
+
+
+def test_a_stage_beyond_its_time_limit_is_ended(project: Path, server: None) -> None:
+    (project / "make.sh").write_text("sleep 4323.5\n")
+    assert play(targets=["make"], retries=2, hours=3 / 3600) == {"make": "TimedOut"}
+    assert [r.run_count for r in asyncio.run(task_runs())] == [1]
+    assert processes_with("4323.5") == []
+
+
+def test_a_variant_leaves_the_workspace_alone(project: Path, server: None) -> None:
+    play()
+    before = {p: p.read_bytes() for p in (project / "params.yaml", project / "dvc.lock", project / "data/last")}
+    assert play(set_params=["use.a.by=9"]) == {"make": "Restored", "use@a": "Completed", "use@b": "Restored", "last": "Restored"}
+    assert {p: p.read_bytes() for p in before} == before
+    assert list((project / worktree.WORKTREES).iterdir()) == []
+    shown = json.loads(sh(project, "dvc", "exp", "show", "--json"))
+    names = [e.get("name") for rev in shown for group in rev["experiments"] or [] for e in group["revs"]]
+    assert len(names) == 1
+    assert names[0].startswith("use-a-by-9-")
+
+
+def test_a_variant_takes_uncommitted_files_along_and_stands_on_the_last_commit(project: Path, server: None) -> None:
+    (project / "make.sh").write_text("mkdir -p data; echo here > data/changed\n")
+    (project / ".gitignore").unlink()
+    head, tree = worktree.git(project, "rev-parse", "HEAD"), worktree.tree(project)
+    time.sleep(1.1)
+    assert worktree.tree(project) == tree != worktree.git(project, "rev-parse", "HEAD^{tree}")
+    place = worktree.make(project, head, key=[tree], tree=tree)
+    assert worktree.git(place, "rev-parse", "HEAD") == head
+    assert (place / "make.sh").read_text() == (project / "make.sh").read_text()
+    assert not (place / ".gitignore").exists()
+    assert worktree.changed(place) == [".gitignore", "make.sh"]
+    worktree.remove(project, place)
+    worktree.git(project, "checkout", "--", ".gitignore")
+    assert play(set_params=["make.n=7"], targets=["make"]) == {"make": "Completed"}
+    assert "make-n-7-" in sh(project, "dvc", "exp", "list", "--name-only")
+
+
+def test_a_variant_of_some_stages_is_an_experiment_too(project: Path, server: None) -> None:
+    assert play(set_params=["use.a.by=8"], targets=["use@a"]) == {"make": "Completed", "use@a": "Completed"}
+    assert "use-a-by-8-" in sh(project, "dvc", "exp", "list", "--name-only")
+    assert not (project / "data").exists()
+
+
+# Another machine
+
+
+def test_what_could_not_be_pushed_is_pushed_by_the_next_attempt(
+    project: Path, server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = []
+
+    async def exchange(what: str, stages: list[str], *_: Any, **__: Any) -> None:
+        if what == "push":
+            pushed.extend(stages)
+            if len(pushed) == 1:
+                raise run.StageFailed("the remote is away", again=True)
+
+    monkeypatch.setattr(run, "exchange", exchange)
+    monkeypatch.setattr(run, "RETRY_SECONDS", [0])
+    assert play(targets=["make"], retries=1) == {"make": "Cached"}
+    assert pushed == ["make", "make"]
+
+
+def test_each_stage_that_waits_for_a_worker_shows_it_its_own_token(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    async def deployed(_: str, parameters: dict[str, Any], flow_run_name: str, **__: Any) -> Any:
+        await asyncio.sleep(0.2 if flow_run_name == "use@b" else 0)  # its worker is free when the other one has ended
+        seen[flow_run_name] = Path(parameters["token"]).is_file()
+        return SimpleNamespace(name=flow_run_name, state=None)
+
+    async def both() -> list[Any]:
+        where = run.Where(project, project, force=False)
+        return await asyncio.gather(
+            *(run.run_elsewhere(s, where, "winnow/gpu", {}) for s in ("use@a", "use@b")), return_exceptions=True
+        )
+
+    monkeypatch.setattr(run, "arun_deployment", deployed)
+    monkeypatch.setattr(run, "get_run_logger", lambda: logging.getLogger("test"))
+    ends = asyncio.run(both())
+    assert seen == {"use@a": True, "use@b": True}
+    assert all(isinstance(end, run.StageFailed) and end.again for end in ends)
+    assert list((project / ".scratch/flows").iterdir()) == []
+
+
+def test_two_clones_share_a_stage_through_the_remote(project: Path, tmp_path: Path) -> None:
+    """What `run_elsewhere` and `stage` do, without Prefect between them."""
+    other = tmp_path / "other"
+    sh(tmp_path, "git", "clone", "-q", str(project), str(other))
+    for clone in (project, other):
+        sh(clone, "dvc", "remote", "add", "--local", "--default", "shared", str(tmp_path / "remote"))
+    sh(project, *dag.repro("make"))
+    sh(project, *dag.command("push", "make"))
+    at = worktree.git(project, "rev-parse", "HEAD")
+    params, lock = (project / "params.yaml").read_text(), (project / "dvc.lock").read_text()
+    place = worktree.make(other, at, key=["use@a", params], params=params, lock=lock)
+    sh(place, *dag.command("pull", "make"))
+    sh(place, *dag.repro("use@a"))
+    sh(place, *dag.command("push", "use@a"))
+    dag.adopt(project, "use@a", dag.lock_entry(place, "use@a"), dag.loose_files(place, "use@a"))
+    assert (project / "data/use/a/it").read_text() == "hello"
+    assert (project / "data/use/a.json").read_text() == '{"n":1}\n'
+    assert dag.stale(project, ["make", "use@a"]) == {}
+    entry = {**dag.lock_entry(place, "use@a"), "cmd": "another"}
+    known = dag.lock_entry(project, "use@a")
+    with pytest.raises(dag.DVCError, match="other code, params or inputs"):
+        dag.adopt(project, "use@a", entry, {"data/use/a.json": "{}", "data/new.json": "{}"})
+    assert dag.lock_entry(project, "use@a") == known
+    assert (project / "data/use/a.json").read_text() == '{"n":1}\n'
+    assert not (project / "data/new.json").exists()
+    assert worktree.remove(other, place)
+    assert sh(other, "git", "status", "--porcelain") == ""
+    with pytest.raises(worktree.WorktreeError, match="does not have the commit"):
+        worktree.make(other, "0" * 40, key=["use@a"])

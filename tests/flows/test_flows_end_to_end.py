@@ -1,0 +1,248 @@
+"""A Prefect server, a worker for each pool in a clone of its own, a DVC remote between them, and the pipeline on tiny images.
+
+All of it on loopback, on free ports, in temporary folders; everything that is started here is ended here, by its process id.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from pipeline.store import artifact
+from tests.test_pipeline import PARAMS
+
+DROPPED: dict[str, list[str]] = {"pretrain": [], "self_distil": [], "export": []}
+KEPT = {**DROPPED, "teach": ["teacher"], "distil": ["ssld"], "evaluate": ["baseline", "ssld"]}
+SMALLER = {name: {k: v for k, v in body.items() if k in KEPT[name]} if name in KEPT else body for name, body in PARAMS.items()}
+"""One entry of each stage that SSLD needs."""
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.flows, pytest.mark.timeout(600)]  # seconds; on one idle core all of it takes a minute and a half
+
+
+class Site:
+    """A server, two clones, and the processes that run there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cpu, self.gpu = folder / "cpu", folder / "gpu"
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.api = f"http://127.0.0.1:{self.port}/api"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "PYTHONPATH", "WINNOW"))},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PREFECT_HOME": str(folder / "prefect"),
+            "PREFECT_API_URL": self.api,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "DO_NOT_TRACK": "1",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+            "DVC_NO_ANALYTICS": "1",
+        }
+
+    def start(self, name: str, *command: str, cwd: Path, **env: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env={**self.env, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def worker(self, pool: str) -> subprocess.Popen[bytes]:
+        clone = self.folder / pool
+        command = ("prefect", "worker", "start", "--pool", pool, "--name", pool, "--type", "process", "--limit", "1")
+        return self.start(pool, *command, cwd=clone, WINNOW_HOME=str(clone))
+
+    def sh(self, cwd: Path, *command: str) -> str:
+        done = subprocess.run(command, cwd=cwd, env=self.env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def ask(self, path: str, **body: Any) -> Any:
+        answer = httpx.post(f"{self.api}/{path}", json=body, timeout=30)
+        assert answer.is_success, answer.text
+        return answer.json()
+
+    def run(self, **parameters: Any) -> str:
+        """The id of a new run of the deployment winnow/cpu."""
+        deployment = httpx.get(f"{self.api}/deployments/name/winnow/cpu", timeout=30).json()["id"]
+        created = self.ask(f"deployments/{deployment}/create_flow_run", parameters=parameters, state={"type": "SCHEDULED"})
+        return str(created["id"])
+
+    def state(self, run: str) -> str:
+        return str(httpx.get(f"{self.api}/flow_runs/{run}", timeout=30).json()["state"]["name"])
+
+    def finished(self, run: str, seconds: float = 400) -> str:
+        self.until(lambda: self.state(run) in ("Completed", "Failed", "Crashed", "Cancelled"), seconds)
+        return self.state(run)
+
+    def stages(self, run: str) -> dict[str, str]:
+        time.sleep(1)  # task runs arrive as events
+        tasks = self.ask("task_runs/filter", flow_runs={"id": {"any_": [run]}})
+        return {t["name"]: t["state_name"] for t in tasks if not t["task_key"].startswith("prefect.deployments")}
+
+    def artifacts(self, run: str) -> dict[str, Any]:
+        found = self.ask("artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
+        return {a["key"].removeprefix("winnow-").removesuffix(f"-{run[-12:]}"): a for a in found if a["key"]}
+
+    def log(self, run: str) -> str:
+        lines = self.ask("logs/filter", logs={"flow_run_id": {"any_": [run]}}, limit=200)
+        return "\n".join(line["message"] for line in lines)
+
+    def until(self, true: Callable[[], Any], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.3)
+
+    def logs(self) -> str:
+        return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.folder.glob("*.log")))
+
+    def end(self) -> None:
+        for process in reversed(self.processes):
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+def clone(site: Site) -> None:
+    """Two clones of this working tree with tiny params, and a folder as the remote of both."""
+    origin = site.folder / "origin"
+    tracked = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True)
+    for name in filter(None, tracked.stdout.decode().split("\0")):
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/", "benchmarks/", "requirements.lock")):
+            (origin / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, origin / name)
+    (origin / "params.yaml").write_text(yaml.safe_dump(SMALLER, sort_keys=False))
+    table = yaml.safe_load((origin / "flows/pools.yaml").read_text())
+    (origin / "flows/pools.yaml").write_text(yaml.safe_dump({**table, "stages": ["score"]}))
+    site.sh(origin, "git", "init", "-q", ".")
+    site.sh(origin, "git", "add", "-A")
+    site.sh(origin, "git", "-c", "user.name=n", "-c", "user.email=n@example.org", "commit", "-qm", "all")
+    for folder in (site.cpu, site.gpu):
+        site.sh(site.folder, "git", "clone", "-q", str(origin), str(folder))
+        site.sh(folder, "dvc", "remote", "add", "--local", "--default", "shared", str(site.folder / "remote"))
+        site.sh(folder, "git", "config", "user.name", "n")
+        site.sh(folder, "git", "config", "user.email", "n@example.org")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site(tmp_path_factory.mktemp("site"))
+    try:
+        site.start("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(site.port), cwd=site.folder)
+        clone(site)
+        site.until(lambda: answers(f"{site.api}/health"), 120)
+        for pool in ("cpu", "gpu"):
+            site.ask("work_pools/", name=pool, type="process", concurrency_limit=1)
+        site.sh(site.cpu, "prefect", "--no-prompt", "deploy", "--all")
+        site.worker("cpu")
+        site.worker("gpu")
+        yield site
+    finally:
+        site.end()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def working_in(folder: Path, word: str) -> list[int]:
+    """The processes with `word` in their command line that work in `folder` or below it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if word in (process / "cmdline").read_text() and (process / "cwd").resolve().is_relative_to(folder):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_the_whole_pipeline_over_two_pools(site: Site) -> None:
+    first = site.run(at_once=2)
+    assert site.finished(first) == "Completed", site.log(first) + site.logs()
+    stages = site.stages(first)
+    assert sorted(stages) == sorted(site.sh(site.cpu, "dvc", "stage", "list", "--name-only").split())
+    assert set(stages.values()) == {"Completed"}
+    for checksums in (site.cpu / "data").rglob(artifact.CHECKSUMS):
+        artifact.verify(checksums.parent)
+    # score ran in the other clone, from the remote, and came back the same way.
+    assert (site.gpu / ".dvc/cache").is_dir()
+    assert not (site.gpu / "data/score/teacher").exists()
+    assert site.sh(site.gpu, "git", "status", "--porcelain") == ""
+    assert (site.cpu / "data/score/teacher/scores.parquet").is_file()
+    assert "Data and pipelines are up to date" in site.sh(site.cpu, "dvc", "status")
+    made = site.artifacts(first)
+    assert "| ssld " in made["comparison"]["data"]
+    assert "/runs/" in made["mlflow-run"]["data"]
+    site.cpu_run = first  # type: ignore[attr-defined]
+
+
+def test_mlflow_has_one_run_for_all_of_it(site: Site) -> None:
+    script = (
+        "import mlflow, json; mlflow.set_tracking_uri('sqlite:///mlflow.db');"
+        "runs = mlflow.search_runs(search_all_experiments=True, output_format='list');"
+        "print(json.dumps([[r.info.run_name, r.info.run_id, r.data.tags, r.data.metrics, r.data.params] for r in runs]))"
+    )
+    runs = json.loads(site.sh(site.folder, sys.executable, "-W", "ignore", "-c", script).splitlines()[-1])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run[2]]
+    assert [run[0] for run in parents] == ["compare"]
+    _, parent, tags, metrics, params = parents[0]
+    assert tags["prefect.flow_run_id"] == site.cpu_run  # type: ignore[attr-defined]
+    assert len(tags["winnow.dvc_lock"]) == 64
+    assert len(tags["mlflow.source.git.commit"]) == 40
+    assert "evaluate.ssld.val_top1" in metrics
+    assert params["distil.ssld.training.steps"] == "6"
+    children = {run[0] for run in runs if run[2].get("mlflow.parentRunId") == parent}
+    assert {"draw.scenes", "prepare", "dedup", "teach.teacher", "score.teacher", "select.top", "distil.ssld"} <= children
+
+
+def test_the_next_run_finds_everything_cached(site: Site) -> None:
+    again = site.run()
+    assert site.finished(again) == "Completed", site.log(again)
+    assert set(site.stages(again).values()) == {"Cached"}
+
+
+def test_a_cancelled_run_leaves_no_process_and_no_trace_in_the_clone(site: Site) -> None:
+    before = (site.cpu / "params.yaml").read_bytes(), (site.cpu / "dvc.lock").read_bytes()
+    run = site.run(targets=["teach@teacher"], set_params=["teach.teacher.training.steps=1000000"])
+    site.until(lambda: working_in(site.cpu, "pipeline.stages.teach"), 60)
+    site.ask(f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})
+    assert site.finished(run, 60) == "Cancelled"
+    site.until(lambda: not working_in(site.cpu, "pipeline.stages"), 20)
+    assert not working_in(site.cpu, "dvc")
+    assert ((site.cpu / "params.yaml").read_bytes(), (site.cpu / "dvc.lock").read_bytes()) == before
+
+
+def test_the_deployment_has_a_schedule_that_is_off(site: Site) -> None:
+    deployment = httpx.get(f"{site.api}/deployments/name/winnow/cpu", timeout=30).json()
+    assert [(s["active"], s["schedule"]["cron"]) for s in deployment["schedules"]] == [(False, "0 2 * * *")]
+    assert deployment["global_concurrency_limit"]["limit"] == 1

@@ -1,0 +1,204 @@
+"""The training loop: resumed runs end with the same bits, bad losses stop it, the schedule is what it says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.learning import views
+from pipeline.learning.loop import fit, optimisers
+from pipeline.models import architectures, inputs
+from pipeline.models.device import Device
+
+CPU = Device(torch.device("cpu"), torch.float32)
+INPUT = inputs.Input(size=8)
+
+
+class Silent:
+    def log(self, step: int | None = None, **values: float) -> None:
+        pass
+
+
+class Killed(Exception):
+    pass
+
+
+def train(
+    scratch: Path, training: optimisers.Training, die_at: int | None = None, spoil: Callable[[int, Tensor], Tensor] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(architectures.create("resnet8", 3, {"width": 4}), nn.Dropout(0.2), nn.Linear(3, 3))
+    pixels = inputs.InMemory(np.random.default_rng(0).integers(0, 256, (50, 10, 10, 3), dtype=np.uint8))
+    labels = torch.from_numpy(np.random.default_rng(1).integers(0, 3, 50))
+    steps = iter(range(10**6))
+
+    def loss(model: nn.Module, batch: views.Batch) -> Tensor:
+        step = next(steps)
+        if step == die_at:
+            raise Killed
+        value = F.cross_entropy(model(inputs.normalise(batch.views, INPUT)), labels[batch.rows])
+        return spoil(step, value) if spoil else value
+
+    return fit.fit(
+        model,
+        loss,
+        pixels,
+        views.viewer(8, views.View(kind="shift", pad=2, brightness=0.2), seed=3),
+        training,
+        seed=3,
+        device=CPU,
+        scratch=scratch,
+        journal=Silent(),
+        label="test",
+        check=lambda m: {"top1": float(next(m.parameters()).detach().sum())},
+        checkpoint_minutes=1e-9,  # after every step
+    )
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        optimisers.Training(steps=23, batch=16, lr=0.05, clip=1.0),
+        optimisers.Training(steps=23, batch=16, optimizer="adamw", lr=0.01, ema=0.9),
+        optimisers.Training(steps=23, batch=16, momentum=0.0, accumulate=2, rates={"0.conv1": 0.1}),
+        optimisers.Training(steps=23, batch=16, optimizer="lars", lr=1.0),
+    ],
+    ids=["sgd", "adamw-ema", "plain-sgd-in-pieces", "lars"],
+)
+@pytest.mark.parametrize("die_at", [1, 13, 22])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, training: optimisers.Training, die_at: int) -> None:
+    whole, history = train(tmp_path / "whole", training)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", training, die_at=die_at)
+    resumed, resumed_history = train(tmp_path / "killed", training)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert resumed_history == history
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    training = optimisers.Training(steps=10, batch=16)
+    with pytest.raises(Killed):
+        train(tmp_path, training, die_at=5)
+    state = tmp_path / "checkpoint" / "state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[-5] ^= 1
+    state.write_bytes(data)
+    with pytest.raises(Exception, match="altered"):
+        train(tmp_path, training)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    training = optimisers.Training(steps=40, batch=16)
+    with pytest.raises(optimisers.TrainingError, match=r"nan at step 8 of 40.*step 7, is kept"):
+        train(tmp_path, training, spoil=lambda step, value: value * float("nan") if step == 7 else value)
+    resumed, _ = train(tmp_path, training)
+    assert all(torch.isfinite(p).all() for p in resumed.parameters())
+
+
+def test_the_schedule_warms_up_and_falls_to_zero() -> None:
+    training = optimisers.Training(steps=100, lr=1.0, warmup=0.1)
+    rates = [training.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[99] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize(("scaling", "lr", "peak"), [("none", 0.1, 0.1), ("linear", 0.3, 4.8), ("sqrt", 0.075, 4.8)])
+def test_the_learning_rate_scales_with_the_batch_as_simclr_says(scaling: str, lr: float, peak: float) -> None:
+    """SimCLR, section B.1: 0.3 B / 256, or 0.075 sqrt(B); both are 4.8 at a batch of 4096."""
+    training = optimisers.Training.model_validate({"steps": 10, "batch": 4096, "lr": lr, "lr_scaling": scaling, "warmup": 0})
+    assert training.rate(0) == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+def test_lars_follows_a_naive_step_and_leaves_norms_and_biases_to_plain_momentum(decay: float) -> None:
+    """v <- m v + trust (g + decay w), w <- w - lr v, trust = 0.001 |w| / (|g| + decay |w|): You et al. 2017, algorithm 1."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).double()
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    speed = {name: torch.zeros_like(p) for name, p in expected.items()}
+    optimizer = optimisers.build_optimizer(
+        model, optimisers.Training(steps=1, optimizer="lars", lr=2.0, momentum=0.9, weight_decay=decay)
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 5, dtype=torch.float64)).square().mean().backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            g, w = p.grad, expected[name]
+            if name in ("0.weight", "3.weight"):
+                trust = 0.001 * w.norm() / (g.norm() + decay * w.norm())
+                g = trust * (g + decay * w)
+            speed[name] = 0.9 * speed[name] + g
+            expected[name] = w - 2.0 * speed[name]
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, expected[name], rtol=1e-6, atol=1e-9), name
+
+
+def test_every_pass_sees_every_image_once_in_another_order() -> None:
+    order = fit.Order(50, 16, seed=0)
+    rows, passes = np.concatenate([order.at(step) for step in range(25)], axis=1)  # 400 draws: 8 passes
+    assert all(sorted(seen) == list(range(50)) for seen in rows.reshape(8, 50))
+    assert len({tuple(seen) for seen in rows.reshape(8, 50)}) == 8
+    assert passes.tolist() == np.repeat(np.arange(8), 50).tolist()
+    assert np.array_equal(fit.Order(50, 16, seed=0).at(20)[0], rows[320:336])
+
+
+def test_norms_and_biases_do_not_decay(tmp_path: Path) -> None:
+    model = architectures.create("resnet8", 3, {"width": 4})
+    decayed, free = optimisers.build_optimizer(model, optimisers.Training(steps=1, weight_decay=0.1)).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert free["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_pieces_of_a_batch_add_up_to_its_gradient(tmp_path: Path) -> None:
+    """Without batch statistics, which each piece takes for itself."""
+    results = []
+    labels = torch.arange(50) % 3
+    for pieces in (1, 4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        pixels = inputs.InMemory(np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+        trained, history = fit.fit(
+            model,
+            lambda model, batch: F.cross_entropy(model(inputs.normalise(batch.views, INPUT)), labels[batch.rows]),
+            pixels,
+            views.viewer(8, views.View(pad=1), 0),
+            optimisers.Training(steps=10, batch=16, accumulate=pieces),
+            seed=0,
+            device=CPU,
+            scratch=tmp_path / str(pieces),
+            journal=Silent(),
+            label="test",
+            check=lambda model: {},
+        )
+        results.append((trained.state_dict(), history))
+    (whole, whole_history), (pieced, pieced_history) = results
+    assert all(torch.allclose(whole[name], pieced[name], atol=1e-5) for name in whole)
+    assert whole_history["train"][-1]["loss"] == pytest.approx(pieced_history["train"][-1]["loss"], abs=1e-5)
+
+
+def test_pieces_must_divide_the_batch(tmp_path: Path) -> None:
+    with pytest.raises(optimisers.TrainingError, match=r"`training.accumulate` is 3.*16 images"):
+        train(tmp_path, optimisers.Training(steps=2, batch=16, accumulate=3))
+
+
+def test_parameters_learn_at_their_own_rates() -> None:
+    model = architectures.create("resnet8", 3, {"width": 4})
+    optimizer = optimisers.build_optimizer(model, optimisers.Training(steps=1, rates={"layer": 0.5, "layer1": 0.1}))
+    multiples = {id(p): part["multiple"] for part in optimizer.param_groups for p in part["params"]}
+    expected = {"conv1": 1.0, "bn1": 1.0, "layer1": 0.1, "layer2": 0.5, "layer3": 0.5, "linear": 1.0}
+    assert all(multiples[id(p)] == expected[name.split(".")[0]] for name, p in model.named_parameters())
+    with pytest.raises(optimisers.TrainingError, match=r"names stage, with which no parameter.*conv1, layer1"):
+        optimisers.build_optimizer(model, optimisers.Training(steps=1, rates={"stage": 0.5}))

@@ -1,0 +1,87 @@
+"""Each divergence against a naive float64 loop of its formula."""
+
+import math
+
+import pytest
+import torch
+
+from pipeline.learning.losses import SoftLoss
+
+
+def probabilities(logits: list[float], temperature: float) -> list[float]:
+    exponentials = [math.exp(x / temperature) for x in logits]
+    return [e / sum(exponentials) for e in exponentials]
+
+
+def naive(name: str, student: list[float], teacher: list[float], temperature: float) -> float:
+    q, p = probabilities(student, temperature), probabilities(teacher, temperature)
+
+    def kl(a: list[float], b: list[float]) -> float:
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+    if name == "kl":
+        return kl(p, q)
+    if name == "sym_kl":
+        return 0.5 * (kl(p, q) + kl(q, p))
+    if name == "js":
+        m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+        return 0.5 * kl(p, m) + 0.5 * kl(q, m)
+    return -sum(a * math.log(b) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["sym_kl", "js", "kl", "soft_ce"])
+def test_equals_the_formula(name: str, temperature: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 7, 11, generator=random, dtype=torch.float64)
+    expected = [naive(name, s, t, temperature) for s, t in zip(student.tolist(), teacher.tolist(), strict=True)]
+    loss = SoftLoss(name=name, temperature=temperature)(student.float(), teacher.float())  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(temperature**2 * sum(expected) / 7, rel=1e-5)
+
+
+def test_soft_ce_with_the_weight_of_one_over_t_squared_is_simclrv2s_equation() -> None:
+    """SimCLRv2, equation 2 has no T^2: the mean of -sum p log q at T = 0.1, T^2 = 0.01."""
+    random = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 7, 11, generator=random, dtype=torch.float64)
+    expected = [naive("soft_ce", s, t, 0.1) for s, t in zip(student.tolist(), teacher.tolist(), strict=True)]
+    loss = SoftLoss(name="soft_ce", temperature=0.1, weight=100)(student.float(), teacher.float())
+    assert loss.item() == pytest.approx(sum(expected) / 7, rel=1e-5)
+
+
+def test_symmetric_kl_is_not_jensen_shannon() -> None:
+    """At 1000 random classes the one is about 3.9, the other cannot pass log 2. SSLD's code calls the first one JS."""
+    random = torch.Generator().manual_seed(0)
+    student, teacher = 2 * torch.randn(2, 256, 1000, generator=random)
+    assert 3.7 < SoftLoss(name="sym_kl")(student, teacher).item() < 4.1
+    assert SoftLoss(name="js")(student, teacher).item() < math.log(2)
+
+
+def test_temperature_keeps_the_size_of_the_gradient() -> None:
+    """Without the factor T^2 the gradient at T = 8 would be 64 times smaller."""
+    random = torch.Generator().manual_seed(0)
+    student, teacher = 0.1 * torch.randn(2, 64, 10, generator=random)
+    sizes = []
+    for temperature in (1.0, 8.0):
+        s = student.clone().requires_grad_()
+        SoftLoss(name="kl", temperature=temperature)(s, teacher).backward()
+        assert s.grad is not None
+        sizes.append(s.grad.norm().item())
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+def test_is_computed_in_float32_under_autocast() -> None:
+    student, teacher = torch.randn(2, 4, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = SoftLoss()(student.bfloat16(), teacher)
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["sym_kl", "js", "kl"])
+def test_is_zero_with_zero_gradient_where_both_agree_even_when_certain(name: str) -> None:
+    logits = torch.tensor([[200.0, -200.0, 0.0], [1.0, 2.0, 3.0]])
+    student = logits.clone().requires_grad_()
+    loss = SoftLoss(name=name)(student, logits)  # type: ignore[arg-type]
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()

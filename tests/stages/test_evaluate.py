@@ -1,0 +1,198 @@
+"""What an evaluation says of one classifier, and of a network with several exits."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from pipeline.harness.journal import Journal
+from pipeline.models import architectures, exits, network
+from pipeline.models.exits import ExitError
+from pipeline.report import corruptions, measure, statistics
+from pipeline.stages import evaluate
+from pipeline.store import artifact, manifest
+from tests.stages.test_self_distil import self_distilled
+from tests.stages.test_teach_and_distil import MACHINE, data, one_thread, taught
+
+__all__ = ["data", "one_thread"]  # fixtures
+CLASSES = ("ant", "bee", "cat")
+
+
+def evaluated(data: Path, model: Path, out: Path, **params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics and evaluation.json."""
+    metrics = evaluate.run(
+        evaluate.Evaluate.model_validate({"model": "-", **params}),
+        train=data / "train",
+        val=data / "val",
+        holdout=data / "holdout",
+        model=model,
+        out=out,
+        journal=Journal(),
+        machine=MACHINE,
+    )
+    return dict(metrics), json.loads((out / "evaluation.json").read_text())
+
+
+def test_evaluate_reports_what_the_predictions_say(data: Path, tmp_path: Path) -> None:
+    metrics, evaluation = evaluated(data, taught(data, tmp_path / "model"), tmp_path / "out")
+    predictions = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pandas()
+    right = predictions["label"] == predictions["predicted"]
+    assert metrics["val_top1"] == pytest.approx(right.mean())
+    assert predictions["id"].tolist() == manifest.read(data / "val").table["id"].to_pylist()
+    assert evaluation["val"]["per_class"] == {
+        n: pytest.approx(right[predictions["label"] == i].mean()) for i, n in enumerate(CLASSES)
+    }
+    assert (evaluation["val"]["n"], evaluation["holdout"]["n"], evaluation["training"]["labelled"]) == (9, 6, 24)
+    with (tmp_path / "out" / "confusion.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        pairs = (predictions["label"] == CLASSES.index(row["class"])) & (predictions["predicted"] == CLASSES.index(row["named"]))
+        assert int(row["images"]) == pairs.sum()
+    assert sum(int(row["images"]) for row in rows) == 9
+    mistakes = [int(row["images"]) for row in rows if row["class"] != row["named"]]
+    assert mistakes == sorted(mistakes, reverse=True)
+
+
+def test_calibration_error_and_interval_follow_the_references() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(500, 10, generator=random)
+    labels = torch.randint(0, 10, (500,), generator=random)
+    measured = measure.measure(logits, labels, tuple("abcdefghij"))
+    expected = multiclass_calibration_error(logits.softmax(1), labels, num_classes=10, n_bins=15)
+    assert measured["ece"] == pytest.approx(float(expected), abs=1e-5)
+    # Wilson's interval for 81 of 263, worked by hand from his formula (1927).
+    assert statistics.wilson(81, 263) == pytest.approx((0.25529, 0.36620), abs=1e-5)
+    assert statistics.wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_reliability_counts_each_image_in_its_bin() -> None:
+    bins = statistics.reliability(np.array([0.0, 0.05, 0.5, 0.99, 1.0]), np.array([True, False, True, True, False]))
+    assert len(bins) == 15
+    assert bins[0] == (2, 0.025, 0.5)
+    assert bins[7] == (1, 0.5, 1.0)
+    assert bins[14] == (2, 0.995, 0.5)
+    assert sum(n for n, _, _ in bins) == 5
+
+
+def test_every_exit_is_measured_beside_its_compute(data: Path, tmp_path: Path) -> None:
+    self_distilled(data, tmp_path / "byot", training={"steps": 12, "batch": 8, "lr": 0.05})
+    metrics, evaluation = evaluated(data, tmp_path / "byot", tmp_path / "out")
+    rows = {row["exit"]: row for row in evaluation["exits"]["rows"]}
+    assert list(rows) == ["1", "2", "3", "ensemble", "early"]
+    for name, exit in (("1", 1), ("2", 2), ("3", 3), ("ensemble", "ensemble"), ("early", "early")):
+        _, alone = evaluated(data, tmp_path / "byot", tmp_path / name, exit=exit)
+        assert rows[name]["val_top1"] == alone["val"]["top1"]
+        assert rows[name]["holdout_top1"] == alone["holdout"]["top1"]
+        assert rows[name]["macs"] == alone["model"]["macs"]
+        assert rows[name]["parameters"] == alone["model"]["parameters"]
+    assert rows["1"]["macs"] < rows["2"]["macs"] < rows["3"]["macs"] < rows["ensemble"]["macs"]
+    assert evaluation["val"]["top1"] == rows["3"]["val_top1"] == metrics["exits"]["3"]
+    assert evaluation["model"]["macs"] == architectures.macs(architectures.create("resnet8", 3, {"width": 4}), 16)
+    assert sum(evaluation["exits"]["leaving"]) == pytest.approx(1)
+    assert rows["early"]["holdout_top1"] >= rows["3"]["holdout_top1"]
+    costs = [point["macs"] for point in evaluation["exits"]["curve"]]
+    assert costs == sorted(costs)
+
+
+def test_an_exit_of_an_ordinary_network_is_refused(data: Path, tmp_path: Path) -> None:
+    model = taught(data, tmp_path / "model")
+    for exit in (1, "ensemble", "early"):
+        with pytest.raises(ExitError, match="has no exits"):
+            evaluated(data, model, tmp_path / "out", exit=exit)
+
+
+def undecided(seed: int = 0, n: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, 3, 4) logits, later exits surer and better, and (N,) labels."""
+    torch.manual_seed(seed)
+    labels = torch.randint(0, 4, (n,))
+    strength = torch.tensor([0.8, 1.2, 1.6]).view(1, 3, 1)
+    return torch.randn(n, 3, 4) + 2 * strength * torch.nn.functional.one_hot(labels, 4)[:, None], labels
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6, 0.9, 1.01])
+def test_an_image_leaves_at_the_first_exit_that_is_sure(threshold: float) -> None:
+    logits, _ = undecided()
+    probabilities = logits.softmax(2)
+    for image, at in zip(probabilities, exits.leaving(logits, threshold).tolist(), strict=True):
+        sure = [i for i in range(3) if float(image[i].max()) >= threshold]
+        assert at == (sure[0] if sure else 2)
+
+
+def test_early_exits_compute_what_the_whole_network_would_have_said() -> None:
+    torch.manual_seed(0)
+    whole = architectures.create("resnet8", 10, {"width": 4, "exits": "all"}).eval()
+    assert isinstance(whole, exits.Exits)
+    x = 3 * torch.randn(64, 3, 16, 16)
+    with torch.no_grad():
+        whole.branches["2"].linear.weight *= 3  # type: ignore[operator,union-attr]  # surer than its neighbours
+        stacked = exits.Stacked(whole)(x)
+        for threshold in (0.0, float(stacked.softmax(2).amax(2).median()), 1.01):
+            at = exits.leaving(stacked, threshold)
+            assert torch.allclose(exits.Early(whole, threshold)(x), stacked[torch.arange(64), at], atol=1e-4)
+            if 0 < threshold < 1:
+                assert len(at.unique()) == 3
+
+
+def test_the_ensemble_is_the_mean_of_probabilities() -> None:
+    logits, _ = undecided()
+    assert torch.allclose(exits.mean_probability(logits).softmax(1), logits.softmax(2).mean(1), atol=1e-6)
+
+
+def test_the_cheapest_threshold_loses_nothing_on_the_images_it_is_chosen_on() -> None:
+    logits, labels = undecided(n=400)
+    costs = [10, 25, 60]
+    chosen = measure.cheapest(logits, labels, costs)
+
+    def share(threshold: float) -> float:
+        at = exits.leaving(logits, threshold)
+        return float((logits[torch.arange(400), at].argmax(1) == labels).double().mean())
+
+    def cost(threshold: float) -> float:
+        return float(np.mean([costs[i] for i in exits.leaving(logits, threshold).tolist()]))
+
+    assert share(chosen) >= share(1.01)
+    assert all(share(t) < share(1.01) for t in measure.THRESHOLDS if cost(t) < cost(chosen) - 1)
+    assert measure.mean_cost(exits.leaving(logits, chosen), costs) == round(cost(chosen))
+
+
+def test_a_larger_input_costs_more_and_the_canvas_grows_with_it(data: Path, tmp_path: Path) -> None:
+    model = taught(
+        data, tmp_path / "model", model={"arch": "resnet8", "options": {"width": 4}, "input": {"size": 12, "canvas": 16}}
+    )
+    _, plain = evaluated(data, model, tmp_path / "a")
+    _, larger = evaluated(data, model, tmp_path / "b", size=24)
+    assert (plain["model"]["input"], larger["model"]["input"]) == (12, 24)
+    assert larger["model"]["macs"] > 3 * plain["model"]["macs"]
+    assert larger["val"]["nll"] != plain["val"]["nll"]
+
+
+def test_corruptions_and_times_are_there_when_asked_for(data: Path, tmp_path: Path) -> None:
+    model = taught(data, tmp_path / "model")
+    metrics, plain = evaluated(data, model, tmp_path / "a")
+    assert not {"corruptions", "speed"} & plain.keys()
+    asked, full = evaluated(data, model, tmp_path / "b", corruptions=True, timing=True)
+    assert {k: v for k, v in asked.items() if "corrupted" not in k} == metrics  # no time in the metrics
+    shares = full["corruptions"]["val"]
+    assert list(shares) == list(corruptions.CORRUPTIONS)
+    assert all(len(s) == 3 for s in shares.values())
+    assert asked["val_corrupted_top1"] == pytest.approx(np.mean(list(shares.values())))
+    assert full["speed"]["images_per_second"]["whole"] > 0
+    assert (full["speed"]["device"], full["speed"]["threads"]) == ("cpu", 1)
+
+
+def test_without_times_an_evaluation_has_the_same_bits_again(data: Path, tmp_path: Path) -> None:
+    self_distilled(data, tmp_path / "byot")
+    identities = []
+    for name in "ab":
+        evaluated(data, tmp_path / "byot", tmp_path / name, corruptions=True)
+        identities.append(artifact.identity(tmp_path / name))
+    assert identities[0] == identities[1]
+    _, timed = evaluated(data, tmp_path / "byot", tmp_path / "c", timing=True)
+    assert list(timed["speed"]["images_per_second"]) == ["1", "2", "3", "ensemble", "early"]
+    assert network.load_exits(tmp_path / "byot", CLASSES) is not None

@@ -1,0 +1,139 @@
+"""Cached labels: students trained on them see what they would have seen with the teacher in the loop."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.errors import UserError
+from pipeline.learning import teachers, views
+from pipeline.learning.views import Batch
+from pipeline.models import device, inputs
+from pipeline.stages import label
+from pipeline.store import manifest
+from tests.stages.test_teach_and_distil import MACHINE, TRAINING, data, distilled, one_thread, taught
+
+__all__ = ["data", "one_thread"]  # fixtures
+VIEW = {"kind": "shift", "pad": 2, "brightness": 0.2}
+
+
+@pytest.fixture(scope="module")
+def expert(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return taught(data, tmp_path_factory.mktemp("expert") / "model")
+
+
+def labelled(data: Path, expert: Path, out: Path, **params: Any) -> dict[str, Any]:
+    section = label.Label.model_validate({"teacher": "-", "images": "-", "m": 3, "view": VIEW, **params})
+    paths = {"train": data / "train", "teacher": expert, "chosen": data / "pool", "out": out}
+    return dict(label.run(section, **paths, seed=0, scratch=out.parent / f"{out.name}-scratch", machine=MACHINE))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def test_a_student_learns_from_cached_labels_what_it_learns_online(data: Path, expert: Path, tmp_path: Path) -> None:
+    metrics = labelled(data, expert, tmp_path / "labels", views=3)
+    assert 0 < metrics["largest_gap"] < 1e-2
+    training = {**TRAINING, "steps": 10}  # 80 of 38 images: three passes
+    distilled(data, tmp_path / "online", expert, training=training, view=VIEW)
+    distilled(data, tmp_path / "cached", tmp_path / "labels", training=training)
+    online, cached = weights(tmp_path / "online"), weights(tmp_path / "cached")
+    assert all(torch.allclose(online[name].float(), cached[name].float(), atol=3e-3) for name in online)
+    distilled(data, tmp_path / "other", expert, training=training, view={**VIEW, "brightness": 0.0})
+    other = weights(tmp_path / "other")
+    assert any(not torch.allclose(online[name].float(), other[name].float(), atol=3e-3) for name in online)
+
+
+def test_views_repeat_after_the_last(data: Path, expert: Path, tmp_path: Path) -> None:
+    labelled(data, expert, tmp_path / "labels", views=2)
+    seen = manifest.concat([manifest.read(data / "pool"), manifest.read(data / "train")])
+    on = device.pick(MACHINE)
+    cached = teachers.Cached(tmp_path / "labels", manifest.read(data / "train").classes, seen, on, "eval")
+    raw = inputs.load(seen, 16, 1, 1.0, "test").gather(np.arange(5))
+    views = cached.viewer(16, None, 0)
+    rows = np.arange(5)
+    for passes, same in ((np.full(5, 2), True), (np.full(5, 1), False)):
+        first = Batch(views(raw, rows, np.zeros(5, int)), rows, np.zeros(5, int))
+        later = Batch(views(raw, rows, passes), rows, passes)
+        assert torch.equal(first.views, later.views) == same
+        assert torch.equal(cached.logits(first), cached.logits(later)) == same
+
+
+def test_what_the_best_classes_leave_is_spread_over_the_others(data: Path, expert: Path, tmp_path: Path) -> None:
+    labelled(data, expert, tmp_path / "labels", m=1, views=1)
+    seen = manifest.concat([manifest.read(data / "pool"), manifest.read(data / "train")])
+    cached = teachers.Cached(tmp_path / "labels", manifest.read(data / "train").classes, seen, device.pick(MACHINE), "eval")
+    rows = np.arange(len(seen))
+    p = cached.logits(Batch(torch.empty(0), rows, np.zeros(len(rows), int))).softmax(1)
+    assert torch.allclose(p.sum(1), torch.ones(len(seen)), atol=1e-3)
+    best, others = p.max(1).values, p.sort(1).values[:, :2]
+    assert torch.allclose(best, torch.tensor(cached.log_p[:, 0, 0]).float().exp(), atol=1e-3)
+    assert torch.allclose(others[:, 0], others[:, 1])
+
+
+def test_finished_shards_are_not_labelled_again(
+    data: Path, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled(data, expert, tmp_path / "whole")
+    monkeypatch.setattr(label, "SHARD", 16)
+    labelled(data, expert, tmp_path / "shards")
+    done = sorted((tmp_path / "shards-scratch").iterdir())
+    assert len(done) == 3
+    first, *rest = done
+    marked = first.stat().st_mtime_ns
+    for shard in rest:
+        for file in shard.iterdir():
+            file.unlink()
+        shard.rmdir()
+    labelled(data, expert, tmp_path / "shards")
+    assert first.stat().st_mtime_ns == marked
+    whole, shards = (pq.read_table(tmp_path / name / teachers.FILE) for name in ("whole", "shards"))
+    assert whole["classes"].equals(shards["classes"])
+    assert whole["log_p"].equals(shards["log_p"])
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"view": {"kind": "none"}}, "`view` is not the one"),
+        ({"labelled": False}, "which are not the 20 to learn on"),
+        ({"mix": {"mixup": 0.2}}, "views that nobody has labelled"),
+        ({"teacher_bn": "batch"}, "needs a teacher in the loop"),
+        ({"model": {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 20}}}, "student takes 20 pixels"),
+    ],
+)
+def test_labels_of_something_else_are_refused(
+    data: Path, expert: Path, tmp_path: Path, params: dict[str, Any], message: str
+) -> None:
+    labelled(data, expert, tmp_path / "labels", views=1)
+    with pytest.raises(teachers.LabelsError, match=message):
+        distilled(data, tmp_path / "student", tmp_path / "labels", **params)
+
+
+def test_labels_that_do_not_fit_their_views_are_found(
+    data: Path, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label, "TOLERANCE", 1e-2)
+    strong = {"kind": "crop", "scale": [0.1, 0.3], "brightness": 0.9}
+    assert labelled(data, expert, tmp_path / "labels", view=strong)["largest_gap"] < 1e-2
+    honest = views.viewer
+    calls = iter(range(10**6))
+    monkeypatch.setattr(views, "viewer", lambda size, view, seed, mix=None: honest(size, view, seed + next(calls)))
+    with pytest.raises(UserError, match="made again, differ"):
+        labelled(data, expert, tmp_path / "others", view=strong)
+    assert not (tmp_path / "others").exists()
+    assert not list((tmp_path / "others-scratch").iterdir())
+
+
+def test_a_student_with_a_larger_canvas_replays_the_same_views(data: Path, expert: Path, tmp_path: Path) -> None:
+    labelled(data, expert, tmp_path / "labels", views=2)
+    for side in (16, 20):
+        model = {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 16, "canvas": side}}
+        distilled(data, tmp_path / str(side), tmp_path / "labels", model=model)
+    small, large = weights(tmp_path / "16"), weights(tmp_path / "20")
+    assert all(torch.equal(small[name], large[name]) for name in small)
