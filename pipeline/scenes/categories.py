@@ -342,11 +342,19 @@ def _nothing(rng: Rng) -> Parts:
 # Grounds: what the object stands on, in scene units (the picture spans [-1, 1]) --------------------------------------
 
 
+def scatter(rng: Rng, count: int, lengths: tuple[float, float], breadths: tuple[float, float]) -> np.ndarray:
+    """Rows of (x, y, length, breadth, angle, paint) for `count` things strewn over the picture, far ones first."""
+    rows = rng.random((count, 6))
+    low = (-1.1, -1.1, lengths[0], breadths[0], 0.0, 0.0)
+    high = (1.1, 1.1, lengths[1], breadths[1], np.pi, 4.0)
+    return low + rows * np.subtract(high, low)
+
+
 def _pebbles(rng: Rng) -> Parts:
     radius = rng.uniform(0.06, 0.2)
     return [
         Part(disc(x, y, radius * r, radius * q, a), int(p))
-        for x, y, r, q, a, p in _scatter(rng, int(min(50, 4 / radius)), (0.6, 1.3), (0.5, 1.1))
+        for x, y, r, q, a, p in scatter(rng, int(min(50, 4 / radius)), (0.6, 1.3), (0.5, 1.1))
     ]
 
 
@@ -355,7 +363,7 @@ def _leaf_litter(rng: Rng) -> Parts:
     leaf = np.array([[-1.0, 0], [-0.3, -0.45], [0.4, -0.35], [1, 0], [0.4, 0.35], [-0.3, 0.45]])
     return [
         Part(moved(leaf * (radius * r, radius * q), a, x, y), int(p))
-        for x, y, r, q, a, p in _scatter(rng, int(min(50, 5 / radius)), (0.6, 1.4), (0.5, 1.3))
+        for x, y, r, q, a, p in scatter(rng, int(min(50, 5 / radius)), (0.6, 1.4), (0.5, 1.3))
     ]
 
 
@@ -363,7 +371,7 @@ def _grass(rng: Rng) -> Parts:
     lean, length = rng.uniform(-0.5, 0.5), rng.uniform(0.15, 0.5)
     return [
         Part(_line((x, y), (x + length * (lean + q - 0.5) * 0.6, y - length * r)), int(p), 0.03)
-        for x, y, r, q, _, p in _scatter(rng, 55, (0.5, 1.3), (0.0, 1.0))
+        for x, y, r, q, _, p in scatter(rng, 55, (0.5, 1.3), (0.0, 1.0))
     ]
 
 
@@ -372,7 +380,7 @@ def _water(rng: Rng) -> Parts:
     ripple = np.array([[-1.0, 0], [-0.5, -1], [0, 0], [0.5, 1], [1, 0]])
     return [
         Part(ripple * (length * r, height * q) + np.array([x, y]), int(p), 0.03)
-        for x, y, r, q, _, p in _scatter(rng, 40, (0.5, 1.4), (0.3, 1.5))
+        for x, y, r, q, _, p in scatter(rng, 40, (0.5, 1.4), (0.3, 1.5))
     ]
 
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipeline.scenes import scene
+from pipeline.scenes.categories import CLASSES, OTHERS
 from pipeline.store.params import Section
 
 LABELLED, VAL, POOL, LEAK, BROKEN, ORDER = range(6)
@@ -63,8 +64,8 @@ class Draw(Section):
     def _holds_together(self) -> Self:
         if 2 * self.out_of_class < self.in_class + self.out_of_class + self.leaks + self.broken:
             raise ValueError(f"out_of_class: {self.out_of_class} is less than half of the pool; raise it")
-        if self.leaks > self.val * len(scene.CLASSES):
-            raise ValueError(f"leaks: {self.leaks} are more than the {self.val * len(scene.CLASSES)} validation images")
+        if self.leaks > self.val * len(CLASSES):
+            raise ValueError(f"leaks: {self.leaks} are more than the {self.val * len(CLASSES)} validation images")
         return self
 
 
@@ -105,15 +106,15 @@ class File(NamedTuple):
 
 def pictures_of(stream: int, per_class: int) -> list[tuple[str, Picture]]:
     """Members of a labelled tar: (class/number, what it shows)."""
-    names = itertools.product(scene.CLASSES, range(per_class))
+    names = itertools.product(CLASSES, range(per_class))
     return [(f"{name}/{i:04d}.jpg", Picture(name, stream, number)) for number, (name, i) in enumerate(names)]
 
 
 def pool_contents(params: Draw) -> list[Picture | Leak | Broken]:
     """The contents of the pool, in an order that tells nothing."""
     rng = np.random.default_rng([params.seed, ORDER])
-    categories = [scene.CLASSES[i % len(scene.CLASSES)] for i in range(params.in_class)]
-    categories += [scene.OTHERS[i % len(scene.OTHERS)] for i in range(params.out_of_class)]
+    categories = [CLASSES[i % len(CLASSES)] for i in range(params.in_class)]
+    categories += [OTHERS[i % len(OTHERS)] for i in range(params.out_of_class)]
     contents: list[Picture | Leak | Broken] = [Picture(category, POOL, i) for i, category in enumerate(categories)]
     val, transforms, breakages = pictures_of(VAL, params.val), tuple(TRANSFORMS), tuple(BREAKAGES)
     for i, original in enumerate(rng.choice(len(val), params.leaks, replace=False)):
@@ -127,7 +128,7 @@ def truth_row(file: File) -> dict[str, str | None]:
     """A row of `TRUTH`; what it leaves out is null."""
     row: dict[str, str | None] = {"tar": file.tar, "member": file.member}
     match file.content:
-        case Picture(category) if category in scene.CLASSES:
+        case Picture(category) if category in CLASSES:
             return row | {"kind": "in_class", "category": category, "label": category}
         case Picture(category):
             return row | {"kind": "out_of_class", "category": category}
@@ -170,7 +171,7 @@ def _bytes(content: Picture | Leak | Broken, *, seed: int, size: int) -> bytes:
             return _jpeg(TRANSFORMS[transform](image, rng), int(quality))
         case Broken(breakage, number):
             rng = np.random.default_rng([seed, BROKEN, number])
-            category = str(rng.choice(scene.CLASSES))
+            category = str(rng.choice(CLASSES))
             return BREAKAGES[breakage](_bytes(Picture(category, BROKEN, number), seed=seed, size=size), rng)
 
 

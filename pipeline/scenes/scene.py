@@ -25,6 +25,7 @@ from pipeline.scenes.categories import (
     disc,
     lump,
     moved,
+    scatter,
 )
 
 SUBPIXEL_BITS = 4
@@ -40,18 +41,10 @@ OCCLUDED = 0.25
 # Around the object ----------------------------------------------------------------------------------------------------
 
 
-def _scatter(rng: Rng, count: int, lengths: tuple[float, float], breadths: tuple[float, float]) -> np.ndarray:
-    """Rows of (x, y, length, breadth, angle, paint) for `count` things strewn over the picture, far ones first."""
-    rows = rng.random((count, 6))
-    low = (-1.1, -1.1, lengths[0], breadths[0], 0.0, 0.0)
-    high = (1.1, 1.1, lengths[1], breadths[1], np.pi, 4.0)
-    return low + rows * np.subtract(high, low)
-
-
 def _litter(rng: Rng) -> Parts:
     """A few things larger than the ground's grain and smaller than the object: sticks, lumps and slabs."""
     parts = []
-    for x, y, length, breadth, angle, paint in _scatter(rng, int(rng.integers(0, 5)), (0.12, 0.35), (0.05, 0.2)):
+    for x, y, length, breadth, angle, paint in scatter(rng, int(rng.integers(0, 5)), (0.12, 0.35), (0.05, 0.2)):
         outline = (
             lump(rng, x, y, 0.5 * length),
             disc(x, y, length, breadth, angle),

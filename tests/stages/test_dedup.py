@@ -236,7 +236,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_shard(tmp_path: Path, monkeyp
     work = bench(tmp_path)
     work.run()  # one shard
     whole = bytes_of(tmp_path / "out")
-    monkeypatch.setattr(dedup, "SHARD", 2)
+    monkeypatch.setattr(search, "SHARD", 2)
     work.scratch = tmp_path / "killed"
     done: list[Path] = []
     match_shard = search.match_shard
@@ -248,7 +248,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_shard(tmp_path: Path, monkeyp
         return match_shard(shard, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dedup, "match_shard", killed_in_the_second)
+        patch.setattr(search, "match_shard", killed_in_the_second)
         with pytest.raises(KeyboardInterrupt):
             work.run()
     stamp = done[0].stat().st_mtime_ns
@@ -261,7 +261,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
     work = bench(tmp_path)
     work.run(train="skip")
     one = bytes_of(tmp_path / "out")
-    monkeypatch.setattr(dedup, "SHARD", len(ORIGINALS))
+    monkeypatch.setattr(search, "SHARD", len(ORIGINALS))
     work.scratch = tmp_path / "again"
     work.run(workers=2, train="skip")
     assert len(list((tmp_path / "again" / "pool-val").iterdir())) == 2

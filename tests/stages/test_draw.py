@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.harness.machine import Machine
-from pipeline.scenes import dataset, scene
+from pipeline.scenes import categories, dataset
 from pipeline.stages import draw
 from pipeline.store import artifact
 from pipeline.store.decode import ImageRefused, decode
@@ -56,7 +56,7 @@ def test_the_sets_hold_what_params_ask_for(drawn: Drawn) -> None:
     artifact.verify(drawn.out)
     artifact.verify(drawn.truth_out)
     for tar, per_class in (("labelled.tar", 1), ("val.tar", 4)):
-        expected = [f"{name}/{i:04d}.jpg" for name in scene.CLASSES for i in range(per_class)]
+        expected = [f"{name}/{i:04d}.jpg" for name in categories.CLASSES for i in range(per_class)]
         assert list(drawn.members(tar)) == expected
     assert Counter(row["kind"] for row in drawn.truth) == {"in_class": 24, "out_of_class": 60, "leak": 27, "broken": 6}
     assert drawn.metrics == {"labelled": 10, "val": 40, "pool": 117}

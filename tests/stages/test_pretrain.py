@@ -91,7 +91,7 @@ def test_similarities_are_float32_under_autocast() -> None:
 
 GATHERED = """
 import os, sys, torch, torch.distributed as dist
-from pipeline.stages import pretrain
+from pipeline.learning import contrastive
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=rank, world_size=2)
 saved = torch.load(f"{sys.argv[1]}/z.pt")

@@ -148,5 +148,5 @@ def execute_only_the_journal(r: dict[str, Any]) -> None:
     from pipeline.harness.journal import open_journal
     from tests.tracking.test_mirror import FOLDER
 
-    open_journal(r, FOLDER).finish("FINISHED", {}, [])
+    open_journal(r, FOLDER, gathers=r["stage"] == "compare").finish("FINISHED", {}, [])
     send()

@@ -105,7 +105,7 @@ def record(name: str, version: str = "1", made_of: tuple[dict[str, Any], ...] = 
 
 def execute(r: dict[str, Any], **metrics: Any) -> None:
     """A stage, as pipeline.harness.stage runs it: it writes its artifact and its metrics file, and keeps a journal."""
-    kept = open_journal(r, FOLDER)
+    kept = open_journal(r, FOLDER, gathers=r["stage"] == "compare")
     kept.log(step=1, loss=2.0)
     kept.log(step=2, loss=1.0)
     kept.finish("FINISHED", metrics, [write(r, metrics)])
@@ -219,7 +219,7 @@ def test_small_files_are_kept_as_they_were_when_the_stage_ended(store: Experimen
     (out / "plots" / "beyond-the-limit-of-all.png").write_bytes(b"x" * 900_000)
     (out / "large.csv").write_bytes(b"x" * 1_000_001)
     (out / "model.safetensors").write_bytes(b"weights")
-    kept = open_journal(record("compare"), FOLDER)
+    kept = open_journal(record("compare"), FOLDER, gathers=True)
     kept.finish("FINISHED", {"note": "text"}, [out])
     (out / "report.html").write_text("second")
     send()
