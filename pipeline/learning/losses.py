@@ -18,11 +18,15 @@ class SoftLoss(Section):
     with like. `kl`: KL(p||q). `soft_ce`: -sum p log q. Each is summed over classes, averaged over the batch, and multiplied by
     T^2, which keeps the size of the gradient independent of T (Hinton et al. 2015, section 2), and by `weight`.
 
+    `dist` (Huang et al. 2022, section 3): 1 - r(p, q) of the probabilities of each image, averaged over the batch, plus 1 - r of
+    each class over the images of the batch (or of a process's part of it). r is Pearson's correlation. No scale of p or q changes
+    it, so T^2 has no place here.
+
     SimCLRv2 distils with `soft_ce`, at T = 0.1 to a network of the same kind and 1 to a smaller one. Its equation has no T^2: a
     `weight` of 1 / T^2 takes that out; under LARS, which it uses, no such factor matters.
     """
 
-    name: Literal["sym_kl", "js", "kl", "soft_ce"] = "sym_kl"
+    name: Literal["sym_kl", "js", "kl", "soft_ce", "dist"] = "sym_kl"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     weight: Annotated[float, Field(gt=0)] = 1.0
 
@@ -30,7 +34,8 @@ class SoftLoss(Section):
         """(N, C) logits of student and teacher -> scalar."""
         log_q = F.log_softmax(student.float() / self.temperature, dim=1)
         log_p = F.log_softmax(teacher.float() / self.temperature, dim=1)
-        return self.weight * self.temperature**2 * DIVERGENCES[self.name](log_p, log_q).mean()
+        scale = 1.0 if self.name == "dist" else self.temperature**2
+        return self.weight * scale * DIVERGENCES[self.name](log_p, log_q).mean()
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -54,4 +59,23 @@ def soft_ce(log_p: Tensor, log_q: Tensor) -> Tensor:
     return -(log_p.exp() * log_q).sum(1)
 
 
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sym_kl": sym_kl, "js": js, "kl": kl, "soft_ce": soft_ce}
+def dist(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(N, C) log-probabilities -> scalar: mean over images of 1 - r(p_n, q_n), plus mean over classes of 1 - r(p_c, q_c)."""
+    p, q = log_p.exp(), log_q.exp()
+    return (1 - _correlation(p, q)).mean() + (1 - _correlation(p.T, q.T)).mean()
+
+
+def _correlation(x: Tensor, y: Tensor) -> Tensor:
+    """(N, C), (N, C) -> (N,): Pearson's of each pair of rows, -1..1; 0 where a row is constant."""
+    x, y = (z - z.mean(1, keepdim=True) for z in (x, y))
+    tiny = 1e-20  # a class that no image of the batch has is as small as its probabilities, and counts as much as any other
+    return (F.normalize(x, eps=tiny) * F.normalize(y, eps=tiny)).sum(1)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sym_kl": sym_kl,
+    "js": js,
+    "kl": kl,
+    "soft_ce": soft_ce,
+    "dist": dist,
+}

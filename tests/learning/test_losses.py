@@ -85,3 +85,30 @@ def test_is_zero_with_zero_gradient_where_both_agree_even_when_certain(name: str
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert student.grad is not None
     assert torch.isfinite(student.grad).all()
+
+
+def correlation(x: list[float], y: list[float]) -> float:
+    dx, dy = ([value - sum(z) / len(z) for value in z] for z in (x, y))
+    return sum(a * b for a, b in zip(dx, dy, strict=True)) / math.sqrt(sum(a * a for a in dx) * sum(b * b for b in dy))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dist_is_the_correlation_within_images_and_within_classes(temperature: float) -> None:
+    """Huang et al. 2022, section 3, in a loop. There is no T^2: a correlation has no scale."""
+    random = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 7, 11, generator=random, dtype=torch.float64)
+    q, p = ([probabilities(row, temperature) for row in logits.tolist()] for logits in (student, teacher))
+    images = sum(1 - correlation(a, b) for a, b in zip(p, q, strict=True)) / 7
+    columns = ([row[c] for row in p] + [row[c] for row in q] for c in range(11))
+    classes = sum(1 - correlation(column[:7], column[7:]) for column in columns) / 11
+    loss = SoftLoss(name="dist", temperature=temperature)(student.float(), teacher.float())
+    assert loss.item() == pytest.approx(images + classes, rel=1e-5)
+
+
+def test_dist_counts_a_rare_class_as_much_as_any_other() -> None:
+    """The probabilities of a class that a batch hardly holds are tiny, and correlate all the same."""
+    random = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 10, generator=random)
+    teacher[:, 0] -= 30
+    assert SoftLoss(name="dist")(teacher, teacher).item() == pytest.approx(0, abs=1e-5)
+    assert SoftLoss(name="dist")(torch.zeros(64, 10), teacher).item() == pytest.approx(2)  # a student without an opinion
