@@ -10,7 +10,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = {folder.parent.name for folder in (ROOT / "pipeline").glob("*/__init__.py")}
-CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
 OURS = re.compile(r"(?:pipeline|flows|tests|benchmarks|recipes|docs|dev|\.github|\.ci)/[\w./*-]*")
 ALONE = re.compile(r"\.?\w[\w.-]*\.(?:md|toml|lock|cff|json)|(?:dvc|params|prefect|\.pre-commit-config)\.yaml|Makefile")
 WRITTEN = re.compile(r"--out \S+")
@@ -21,9 +21,8 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: 
 def code(document: Path) -> str:
     """The text between backticks, with a stage or a source in the place of `x`."""
     text = "\n".join(CODE.findall(document.read_text()))
-    return re.sub(
-        r"\b(pipeline[./]stages[./])x\b", r"\1teach", re.sub(r"\b(pipeline/sources/)x\b", r"\1tar", WRITTEN.sub("", text))
-    )
+    text = re.sub(r"\b(pipeline/sources/)x\b", r"\1tar", WRITTEN.sub("", text))
+    return re.sub(r"\b(pipeline[./]stages[./])x\b", r"\1teach", text)
 
 
 @each_document
