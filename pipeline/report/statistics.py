@@ -30,9 +30,14 @@ def paired_difference(right: np.ndarray, base: np.ndarray) -> Difference:
     """
     n = len(right)
     gained, lost = int((right & ~base).sum()), int((~right & base).sum())
+    return Difference((gained - lost) / n, *bonett_price(gained, lost, n, Z95))
+
+
+def bonett_price(gained: int, lost: int, n: int, z: float) -> tuple[float, float]:
+    """The adjusted Wald interval of a paired difference of proportions, at z standard errors (Bonett and Price 2012)."""
     p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = Z95 * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    return Difference((gained - lost) / n, max(p - q - half, -1.0), min(p - q + half, 1.0))
+    half = z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return max(p - q - half, -1.0), min(p - q + half, 1.0)
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
