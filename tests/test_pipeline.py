@@ -13,53 +13,10 @@ import pytest
 import yaml
 
 from pipeline.store import artifact, manifest
+from tests.tiny import PARAMS
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(1500)  # seconds; on two idle cores all of it takes about one minute
-SMALL = {"arch": "resnet8", "options": {"width": 8, "stem_stride": 2}, "input": {"size": 32}}
-TRAINING = {"steps": 6, "batch": 32, "lr": 0.05}
-STUDENT = {"init": "scratch", "model": SMALL, "teacher": "teach/teacher", "training": TRAINING}
-PARAMS: dict[str, Any] = {
-    "seed": 0,
-    "machine": {"threads": 1, "workers": 2},
-    "draw": {"scenes": {"seed": 0, "labelled": 6, "val": 4, "in_class": 40, "out_of_class": 60, "leaks": 9, "broken": 9}},
-    "prepare": {
-        "root": "data/draw/scenes",
-        "labelled": [{"kind": "tar", "path": "labelled.tar"}],
-        "val": [{"kind": "tar", "path": "val.tar"}],
-        "pool": [{"kind": "tar", "path": "pool-*.tar"}],
-        "holdout": 0.2,
-    },
-    "dedup": {},
-    "pretrain": {"base": {"images": "dedup/pool", "model": SMALL, "head_out": 16, "training": TRAINING}},
-    "teach": {
-        "teacher": {"init": "scratch", "model": SMALL, "training": TRAINING},
-        "few": {"init": "pretrain/base", "from_layer": 1, "labels": 2, "training": TRAINING},
-    },
-    "ensemble": {},
-    "score": {"teacher": {"teacher": "teach/teacher"}},
-    "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 4}},
-    "pack": {},
-    "label": {},
-    "distil": {
-        "ssld": {**STUDENT, "images": "select/top"},
-        "spread": {**STUDENT, "teacher": "teach/few", "images": "dedup/pool", "loss": {"name": "soft_ce", "temperature": 0.1}},
-        "finetune": {"init": "distil/ssld", "teacher": "teach/teacher", "images": "dedup/train", "training": TRAINING},
-    },
-    "self_distil": {
-        "byot": {"init": "scratch", "model": SMALL, "teacher": "labels", "images": "dedup/train", "training": TRAINING},
-    },
-    "evaluate": {
-        "baseline": {"model": "teach/teacher"},
-        "ssld": {"model": "distil/ssld"},
-        "few": {"model": "teach/few"},
-        "spread": {"model": "distil/spread"},
-        "finetune": {"model": "distil/finetune"},
-        "byot": {"model": "self_distil/byot"},
-    },
-    "export": {"student": {"model": "distil/finetune", "evaluation": "evaluate/finetune"}},
-    "compare": {"title": "tiny", "baseline": "baseline"},
-}
 
 
 class House:

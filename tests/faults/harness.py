@@ -23,7 +23,7 @@ from pipeline.harness import stage
 from pipeline.leaks import search
 from pipeline.stages import label, pack, score
 from pipeline.store import artifact
-from tests.conftest import encoded, tar_of
+from tests.tiny import encoded, tar_of
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = {"arch": "resnet8", "options": {"width": 4, "stem_stride": 2}, "input": {"size": 32}}

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from pipeline.store import artifact
-from tests.test_pipeline import PARAMS
+from tests.tiny import PARAMS
 
 DROPPED: dict[str, list[str]] = {"pretrain": [], "self_distil": [], "export": []}
 KEPT = {**DROPPED, "teach": ["teacher"], "distil": ["ssld"], "evaluate": ["baseline", "ssld"]}

@@ -14,9 +14,8 @@ from pipeline.harness import shards
 from pipeline.harness.machine import Machine
 from pipeline.stages import label, pack, score
 from pipeline.store import artifact
-from tests.conftest import prepared
-from tests.stages.test_dedup import bench, bytes_of
-from tests.stages.test_teach_and_distil import MACHINE, taught
+from tests.leaks.bench import bench
+from tests.tiny import MACHINE, bytes_of, prepared, taught
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dask's own warnings
 

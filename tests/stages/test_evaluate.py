@@ -17,10 +17,8 @@ from pipeline.models.exits import ExitError
 from pipeline.report import corruptions, measure, statistics
 from pipeline.stages import evaluate
 from pipeline.store import artifact, manifest
-from tests.stages.test_self_distil import self_distilled
-from tests.stages.test_teach_and_distil import MACHINE, data, one_thread, taught
+from tests.tiny import MACHINE, self_distilled, taught
 
-__all__ = ["data", "one_thread"]  # fixtures
 CLASSES = ("ant", "bee", "cat")
 
 
