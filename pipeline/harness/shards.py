@@ -108,7 +108,7 @@ def _on_dask(work: Callable[[S], R], shards: Iterator[S], address: str) -> Itera
     try:
         from distributed import Client, KilledWorker, as_completed
     except ImportError:
-        raise UserError(f"`machine.executor` is dask://{address}, and Dask is not here: pip install 'winnow[dask]'.") from None
+        raise UserError(f"`machine.executor` is dask://{address}, and Dask is not here: pip install -e '.[dask]'.") from None
     try:
         client = Client(f"tcp://{address}", timeout=PATIENCE_SECONDS)
     except (OSError, TimeoutError) as error:

@@ -51,8 +51,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 def reliability(confidence: np.ndarray, right: np.ndarray) -> list[tuple[int, float, float]]:
     """Of (N,) confidences and whether they were right, per bin of equal width: count, mean confidence, accuracy (0 where empty).
 
-    The expected calibration error is the mean over images of the gap of their bin. torchmetrics has it too, at two seconds of
-    import in each of many short stages; a test compares the two.
+    The expected calibration error is the mean over images of the gap of their bin.
     """
     bin_of = np.minimum((confidence * BINS).astype(int), BINS - 1)
     count = np.bincount(bin_of, minlength=BINS)

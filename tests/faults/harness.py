@@ -1,5 +1,7 @@
 """Runs the stages of dvc.yaml on a tiny house, each in a child forked from a process that has imported everything already."""
 
+import contextlib
+import gc
 import hashlib
 import importlib
 import itertools
@@ -16,14 +18,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-import onnxscript  # noqa: F401 - seconds that every child of `export` would spend
 import yaml
 
 from pipeline.harness import stage
 from pipeline.leaks import search
 from pipeline.stages import label, pack, score
 from pipeline.store import artifact
-from tests.conftest import encoded, tar_of
+from tests.tiny import encoded, tar_of
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = {"arch": "resnet8", "options": {"width": 4, "stem_stride": 2}, "input": {"size": 32}}
@@ -110,7 +111,9 @@ class House:
             os.dup2(log, 1)
             os.dup2(log, 2)
             sys.argv = [command.stage, *command.argv]
-            stage.main(importlib.import_module(f"pipeline.stages.{command.stage}").run)
+            module = importlib.import_module(f"pipeline.stages.{command.stage}")
+            module.main() if command.stage == "compare" else stage.main(module.run)
+            Path("modules").write_text("\n".join(sys.modules))
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
@@ -124,6 +127,13 @@ class House:
         begin = time.monotonic()
         pid = self.start(command)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), time.monotonic() - begin
+
+    def warm(self) -> None:
+        """Import what the stage that has just ended had imported, so that no child does it again: seconds of each run."""
+        for name in (self.folder / "modules").read_text().splitlines():
+            with contextlib.suppress(ImportError, AttributeError):  # modules that only others can import
+                importlib.import_module(name)
+        gc.freeze()  # a child that collects garbage would copy every page of these modules
 
     def log(self) -> str:
         return (self.folder / "log").read_text()

@@ -21,7 +21,7 @@ from pipeline.learning import views
 from pipeline.learning.loop import fit, group, optimisers
 from pipeline.models import device, inputs
 from pipeline.store import artifact
-from tests.conftest import prepared
+from tests.tiny import prepared
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 16}}

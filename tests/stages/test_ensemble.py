@@ -9,9 +9,8 @@ import torch
 from pipeline.models import checkpoint, inputs, network
 from pipeline.stages import ensemble
 from pipeline.store import artifact
-from tests.stages.test_teach_and_distil import data, distilled, one_thread
+from tests.tiny import distilled
 
-__all__ = ["data", "one_thread"]  # fixtures
 CLASSES = ("ant", "bee", "cat")
 ARCHS: list[tuple[str, dict[str, Any], inputs.Input]] = [
     ("resnet8", {"width": 4}, inputs.Input(size=16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))),

@@ -17,7 +17,7 @@ from pipeline.models import checkpoint, inputs, network
 from pipeline.models.checkpoint import Description
 from pipeline.stages import export
 from pipeline.store import artifact
-from tests.conftest import encoded, picture
+from tests.tiny import encoded, picture
 
 CLASSES = ("ant", "bee", "cat")
 EVALUATION = """{"model": {"exit": %s, "input": 32},

@@ -15,9 +15,8 @@ from pipeline.learning.views import Batch
 from pipeline.models import device, inputs
 from pipeline.stages import label
 from pipeline.store import manifest
-from tests.stages.test_teach_and_distil import MACHINE, TRAINING, data, distilled, one_thread, taught
+from tests.tiny import MACHINE, TRAINING, distilled, taught
 
-__all__ = ["data", "one_thread"]  # fixtures
 VIEW = {"kind": "shift", "pad": 2, "brightness": 0.2}
 
 

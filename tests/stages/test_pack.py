@@ -12,7 +12,7 @@ from pipeline.sources.tar import Tar
 from pipeline.stages import pack, prepare
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import decode
-from tests.conftest import jpeg, jpegs, tar_of
+from tests.tiny import jpeg, jpegs, tar_of
 
 MACHINE = Machine(workers=2)
 

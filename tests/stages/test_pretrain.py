@@ -23,7 +23,7 @@ from pipeline.models import architectures, checkpoint
 from pipeline.report import probe
 from pipeline.stages import pretrain, teach
 from pipeline.store import artifact, manifest
-from tests.conftest import prepared
+from tests.tiny import prepared
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine(device="cpu", precision="float32", threads=1, workers=2)

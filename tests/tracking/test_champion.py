@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pipeline.harness.journal import open_journal
 from pipeline.store import artifact
 from pipeline.tracking import champion
 from pipeline.tracking.experiment import Experiment
-from tests.tracking.test_mirror import empty_database, execute, project, quick_databases, record, runs, send, store, write
+from tests.tracking.journals import FOLDER, execute, record, runs, send, write
 
-__all__ = ["empty_database", "project", "quick_databases", "store"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore")
 TAGS = {"prefect.flow_run_id": "f1", "prefect.flow_run_name": "distil@ssld"}
 
@@ -145,8 +145,5 @@ def test_a_worse_student_does_not_take_the_title_on_the_same_held_out_images(sto
 
 
 def execute_only_the_journal(r: dict[str, Any]) -> None:
-    from pipeline.harness.journal import open_journal
-    from tests.tracking.test_mirror import FOLDER
-
     open_journal(r, FOLDER, gathers=r["stage"] == "compare").finish("FINISHED", {}, [])
     send()
