@@ -17,8 +17,8 @@ from pipeline.store import artifact, manifest
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(1500)  # seconds; on two idle cores all of it takes about one minute
 SMALL = {"arch": "resnet8", "options": {"width": 8, "stem_stride": 2}, "input": {"size": 32}}
-TRAINING = {"steps": 6, "batch": 32, "lr": 0.05}
-STUDENT = {"init": "scratch", "model": SMALL, "teacher": "teach/teacher", "training": TRAINING}
+NAMED = {"model": "small", "view": "shifted", "training": "brief"}
+STUDENT = {"init": "scratch", "teacher": "teach/teacher", **NAMED}
 PARAMS: dict[str, Any] = {
     "seed": 0,
     "machine": {"threads": 1, "workers": 2},
@@ -31,23 +31,23 @@ PARAMS: dict[str, Any] = {
         "holdout": 0.2,
     },
     "dedup": {},
-    "pretrain": {"base": {"images": "dedup/pool", "model": SMALL, "head_out": 16, "training": TRAINING}},
+    "models": {"small": SMALL},
+    "views": {"shifted": {}},
+    "trainings": {"brief": {"steps": 6, "batch": 32, "lr": 0.05}},
+    "pretrain": {"base": {"images": "dedup/pool", "model": "small", "head_out": 16, "training": "brief"}},
     "teach": {
-        "teacher": {"init": "scratch", "model": SMALL, "training": TRAINING},
-        "few": {"init": "pretrain/base", "from_layer": 1, "labels": 2, "training": TRAINING},
+        "teacher": {"init": "scratch", **NAMED},
+        "few": {"init": "pretrain/base", "from_layer": 1, "labels": 2, **NAMED},
     },
-    "ensemble": {},
     "score": {"teacher": {"teacher": "teach/teacher"}},
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 4}},
-    "pack": {},
-    "label": {},
     "distil": {
         "ssld": {**STUDENT, "images": "select/top"},
         "spread": {**STUDENT, "teacher": "teach/few", "images": "dedup/pool", "loss": {"name": "soft_ce", "temperature": 0.1}},
-        "finetune": {"init": "distil/ssld", "teacher": "teach/teacher", "images": "dedup/train", "training": TRAINING},
+        "finetune": {**STUDENT, "init": "distil/ssld", "images": "dedup/train"},
     },
     "self_distil": {
-        "byot": {"init": "scratch", "model": SMALL, "teacher": "labels", "images": "dedup/train", "training": TRAINING},
+        "byot": {**STUDENT, "teacher": "labels", "images": "dedup/train"},
     },
     "evaluate": {
         "baseline": {"model": "teach/teacher"},
