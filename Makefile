@@ -24,6 +24,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 run: $(STAMP)  ## the whole job of params.yaml: by default on scenes that winnow draws
+	@python -m pipeline check
 	dvc repro
 	@python -m pipeline.tracking flush
 	@python -m pipeline.stages.compare --show data/compare/results

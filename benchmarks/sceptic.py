@@ -54,7 +54,7 @@ def main() -> None:
     folders = {
         (level, seed): seeds.workspace(
             f"sceptic/{args.recipe.stem}-{level}-{seed}",
-            params | {"seed": seed, "dedup": {**(params["dedup"] or {}), "strictness": level}},
+            params | {"seed": seed, "dedup": {**params["dedup"], "strictness": level}},
             max(1, cores // args.jobs),
             args.commit,
         )

@@ -138,17 +138,13 @@ def has_remote(folder: Path) -> bool:
 def override(folder: Path, changes: Sequence[str]) -> None:
     """Change params.yaml in `folder` as `dvc exp run -S CHANGE` would: `distil.ssld.loss.name=js`, `+a.b=1`, `~a.b`.
 
-    Anchors are written out first. DVC changes what `*alias` shares in one place and then writes the others' old value over
-    it, so that a change below an alias is lost without a word. Raises DVCError for a change that does not parse or fit.
+    Raises DVCError for a change that does not parse or fit.
     """
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import apply_overrides
 
-    file = folder / "params.yaml"
-    tree = json.loads(json.dumps(yaml.safe_load(file.read_text())))
-    file.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     try:
-        apply_overrides(file, list(changes))
+        apply_overrides(folder / "params.yaml", list(changes))
     except DvcException as error:
         raise DVCError(f"params: {', '.join(changes)}: {error.__cause__ or error}") from error
 

@@ -60,6 +60,10 @@ class StageFailed(Exception):
         self.again = again
 
 
+class WrongParams(Exception):
+    """params.yaml has mistakes: all of them."""
+
+
 class NotAllDone(Exception):
     """Some stages failed: which, and what was held up by them."""
 
@@ -326,6 +330,7 @@ async def winnow(
     if set_params:
         folder = await asyncio.to_thread(variant, workspace, set_params)
         log.info("working in %s", folder)
+    await check(folder)
     env = {"WINNOW_TAGS": json.dumps(run_tags()), "MLFLOW_TRACKING_URI": tracking_uri(workspace)}
     graph = await asyncio.to_thread(dag.read, folder)
     plan = graph.upstream(targets or [])
@@ -364,6 +369,13 @@ async def winnow(
         log.info(saved.strip())
         worktree.remove(workspace, folder)
     return Completed(message=f"{len(todo)} stages run, {len(plan) - len(todo)} cached" if todo else f"{len(plan)} stages cached")
+
+
+async def check(folder: Path) -> None:
+    """Raises WrongParams with all that is wrong in params.yaml: a stage would say so only when DVC has removed its old output."""
+    ended = await child.run(["python", "-m", "pipeline", "check"], cwd=folder, env=dag.environment())
+    if ended.code:
+        raise WrongParams(ended.text.partition("error: ")[2] or ended.text)
 
 
 def variant(workspace: Path, set_params: list[str]) -> Path:

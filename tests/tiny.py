@@ -23,8 +23,8 @@ SCRATCH = Path(__file__).parents[1] / "data" / "scratch"
 LABELS = SCRATCH.with_name("labels")
 
 NETWORK = {"arch": "resnet8", "options": {"width": 8, "stem_stride": 2}, "input": {"size": 32}}
-SHORT = {"steps": 6, "batch": 32, "lr": 0.05}
-STUDENT = {"init": "scratch", "model": NETWORK, "teacher": "teach/teacher", "training": SHORT}
+NAMED = {"model": "small", "view": "shifted", "training": "brief"}
+STUDENT = {"init": "scratch", "teacher": "teach/teacher", **NAMED}
 PARAMS: dict[str, Any] = {
     "seed": 0,
     "machine": {"threads": 1, "workers": 2},
@@ -37,23 +37,23 @@ PARAMS: dict[str, Any] = {
         "holdout": 0.2,
     },
     "dedup": {},
-    "pretrain": {"base": {"images": "dedup/pool", "model": NETWORK, "head_out": 16, "training": SHORT}},
+    "models": {"small": NETWORK},
+    "views": {"shifted": {}},
+    "trainings": {"brief": {"steps": 6, "batch": 32, "lr": 0.05}},
+    "pretrain": {"base": {"images": "dedup/pool", "model": "small", "head_out": 16, "training": "brief"}},
     "teach": {
-        "teacher": {"init": "scratch", "model": NETWORK, "training": SHORT},
-        "few": {"init": "pretrain/base", "from_layer": 1, "labels": 2, "training": SHORT},
+        "teacher": {"init": "scratch", **NAMED},
+        "few": {"init": "pretrain/base", "from_layer": 1, "labels": 2, **NAMED},
     },
-    "ensemble": {},
     "score": {"teacher": {"teacher": "teach/teacher"}},
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 4}},
-    "pack": {},
-    "label": {},
     "distil": {
         "ssld": {**STUDENT, "images": "select/top"},
         "spread": {**STUDENT, "teacher": "teach/few", "images": "dedup/pool", "loss": {"name": "soft_ce", "temperature": 0.1}},
-        "finetune": {"init": "distil/ssld", "teacher": "teach/teacher", "images": "dedup/train", "training": SHORT},
+        "finetune": {**STUDENT, "init": "distil/ssld", "images": "dedup/train"},
     },
     "self_distil": {
-        "byot": {"init": "scratch", "model": NETWORK, "teacher": "labels", "images": "dedup/train", "training": SHORT},
+        "byot": {**STUDENT, "teacher": "labels", "images": "dedup/train"},
     },
     "evaluate": {
         "baseline": {"model": "teach/teacher"},

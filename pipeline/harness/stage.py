@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.errors import UserError
-from pipeline.harness import ranks
+from pipeline.harness import ranks, reference
 from pipeline.harness.journal import Journal, open_journal
 from pipeline.harness.machine import Machine
 from pipeline.store import artifact
 from pipeline.store import params as parameters
+from pipeline.store.params import Section
 
 Metrics = Mapping[str, Any]
 """JSON values by name; deterministic for the same inputs (timings belong into the journal)."""
@@ -77,9 +78,11 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     stage = Path(inspect.getfile(run)).stem
     hints = get_type_hints(run)
     paths = [name for name in inspect.signature(run).parameters if hints.get(name) is Path and name != "scratch"]
-    args = _parse(stage, inspect.getdoc(run) or "", paths, argv)
+    args = _parse(stage, inspect.getdoc(run) or "", paths, hints["params"], argv)
     keys = (stage, args.entry) if args.entry else (stage,)
     file = Path(args.params)
+    if "DVC_ROOT" in os.environ and (wrong := parameters.lacking(parameters.read(file))):
+        raise parameters.ParamsError(f"{file}: " + "\n".join(wrong))  # DVC would say so hours later, at the stage that needs it
     params = parameters.load(file, hints["params"], keys)
     machine = parameters.load(file, Machine, ("machine",)) if "machine" in parameters.read(file) else Machine()
     if machine.executor != "local" and run.__module__ == "__main__":
@@ -139,8 +142,16 @@ def is_out(name: str) -> bool:
     return name == "out" or name.endswith("_out")
 
 
-def _parse(stage: str, doc: str, paths: list[str], argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m pipeline.stages.{stage}", description=doc.split("\n\n")[0])
+def _parse(stage: str, doc: str, paths: list[str], params: type[Section], argv: list[str]) -> argparse.Namespace:
+    where = stage if stage in parameters.SINGLE else f"{stage}.<entry>"
+    params = getattr(sys.modules["__main__"], params.__name__, params)  # pydantic finds no texts in a module's second import
+    keys = "\n".join(f"  {line}" for line in reference.text(params))
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipeline.stages.{stage}",
+        description=doc.split("\n\n")[0],
+        epilog=f"keys of {where} in params.yaml, each with its type and default:\n\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("entry", nargs="?", help=f"the entry of the section `{stage}` of the params file, where it has entries")
     for name in paths:
         parser.add_argument(f"--{name.replace('_', '-')}", required=True, metavar="PATH")

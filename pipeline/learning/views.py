@@ -19,34 +19,40 @@ Views = Callable[[torch.Tensor, np.ndarray, np.ndarray], torch.Tensor]
 
 
 class View(Section):
-    """How a training view is cut from a canvas, batched on the device.
-
-    `shift`: up to `pad` pixels in each direction, reflected at the border (CIFAR's crop). `crop`: a square of `scale` of the
-    area at a random place, resized (random resized crop without aspect change). `none`: the centre. `flip`: mirror half of the
-    views. `brightness`, `contrast`, `saturation`: each scaled by 1 +- up to this much. `randaugment`: so many of its operations,
-    one after the other, each drawn for each image (Cubuk et al. 2020), at `magnitude` (0..1).
-    """
+    """How a training view is cut from a canvas, batched on the device."""
 
     kind: Literal["shift", "crop", "none"] = "shift"
+    """`shift`: moved by up to `pad` pixels (CIFAR's crop). `crop`: a square at a random place, resized (random resized crop
+    without aspect change). `none`: the centre."""
     pad: NonNegativeInt = 4
+    """The largest move of `shift` in each direction, in pixels, reflected at the border."""
     scale: tuple[float, float] = (0.35, 1.0)
+    """The smallest and the largest share of the canvas's area that `crop` takes."""
     flip: bool = True
+    """Mirror half of the views."""
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Scale it by 1 ± up to this much."""
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Scale it by 1 ± up to this much."""
     saturation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Scale it by 1 ± up to this much."""
     randaugment: NonNegativeInt = 0
+    """How many operations of RandAugment, one after the other, each drawn for each image (Cubuk et al. 2020); 0: none."""
     magnitude: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """How strong RandAugment's operations are: 0..1."""
 
 
 class Mix(Section):
-    """Mixing of the views of neighbours in a batch, which are shuffled, by a share from Beta(alpha, alpha): 0 is off.
+    """Mixing of the views of neighbours in a batch, which are shuffled. With both, a coin is thrown for each pair.
 
-    `mixup` (Zhang et al. 2018) blends two views, `cutmix` (Yun et al. 2019) pastes a rectangle of one into the other; with both,
-    a coin is thrown for each pair. No label is mixed: a teacher looks at the mixed view.
+    No label is mixed: a teacher looks at the mixed view.
     """
 
     mixup: NonNegativeFloat = 0.0
+    """alpha: blend two views, by a share from Beta(alpha, alpha) (Zhang et al. 2018); 0: off."""
     cutmix: NonNegativeFloat = 0.0
+    """alpha: paste a rectangle of one view into the other, of a share of the area from Beta(alpha, alpha) (Yun et al. 2019); 0:
+    off."""
 
     def __bool__(self) -> bool:
         return bool(self.mixup or self.cutmix)

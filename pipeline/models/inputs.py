@@ -112,15 +112,16 @@ def ahead(make: Callable[[int], torch.Tensor], steps: Sequence[int] | range, dep
 
 
 class Input(Section):
-    """What a model takes: a square of `size` pixels, cut from canvases of `canvas` pixels (0: `size`), normalised per channel.
-
-    `mean` and `std` are of RGB scaled to 0..1.
-    """
+    """What a network takes: a square, cut from a square canvas, normalised per channel."""
 
     size: PositiveInt
+    """Side of the square, in pixels."""
     canvas: NonNegativeInt = 0
+    """Side of the canvases that views are cut from, in pixels; 0: `size`."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from RGB scaled to 0..1. The default is ImageNet's."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """What RGB scaled to 0..1, less `mean`, is divided by. The default is ImageNet's."""
 
     @property
     def side(self) -> int:

@@ -16,18 +16,22 @@ SCRATCH = "scratch"
 
 
 class Network(Section):
-    """An architecture of `architectures.create` with its options, its input, and whose weights it starts from.
+    """An architecture with its options, its input, and whose weights it starts from.
 
-    `pretrained`: the weights that timm or torchvision publish for `arch`. `source_classes`: what the classifier of such
-    weights, or of a checkpoint file given as `init`, tells apart: the class names in its order, or `train` for the training
-    set's in alphabetical order; null leaves that classifier behind and starts a new one.
+    Where training starts from a model directory, the directory must hold this network; its weights are taken then.
     """
 
     arch: str
+    """`resnet8`, 14, 20, 32, 44, 56 or 110 (for 32 px), `resnet18_3x3` and the like, or any name of timm."""
     input: inputs.Input
+    """What it takes."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """What the architecture takes: the small ResNets `width`, `shortcut` (A or B) and `stem_stride`, others timm's options."""
     pretrained: Literal["timm", "torchvision"] | None = None
+    """Start from the weights that timm or torchvision publish for `arch`."""
     source_classes: Literal["train"] | tuple[str, ...] | None = None
+    """What the classifier of such weights, or of a checkpoint file given as `init`, tells apart: the class names in its order,
+    or `train` for the training set's in alphabetical order. null leaves that classifier behind and starts a new one."""
 
 
 def start(
@@ -40,17 +44,17 @@ def start(
 ) -> tuple[nn.Module, Description]:
     """The network at the start of training, with a classifier in the order of `classes`.
 
-    `init` is a model directory, which brings its own architecture; a checkpoint file for `network` (safetensors, or a .pth/.th
-    that holds only tensors); or data/scratch. A classifier of other classes is left behind. Of a network with several exits the
-    part up to `exit` is taken, by default the deepest. `from_layer`: after which layer of a pre-trained model's projection head
-    the classifier stands, 0 for the encoder alone; it starts at zero. Raises CheckpointError, ModelError, ExitError or
-    ArtifactError.
+    `init` is a model directory, whose network `network` must be (None: whatever it is); a checkpoint file for `network`
+    (safetensors, or a .pth/.th that holds only tensors); or data/scratch. A classifier of other classes is left behind. Of a
+    network with several exits the part up to `exit` is taken, by default the deepest. `from_layer`: after which layer of a
+    pre-trained model's projection head the classifier stands, 0 for the encoder alone; it starts at zero. Raises
+    CheckpointError, ModelError, ExitError or ArtifactError.
     """
     torch.manual_seed(seed)
     if init.is_dir():
-        if network is not None:
-            raise CheckpointError(f"`model` must be left out where training starts from {init}: that model is trained on.")
         described = checkpoint.describe(init)
+        if network is not None:
+            _expect_network(network, described, init)
         if described.projection is not None:
             return _on_projection(described, init, classes, from_layer)
         _refuse_layer(from_layer, init)
@@ -175,6 +179,28 @@ def _on_projection(
     checkpoint.fill(model, state, str(init), skip=architectures.heads(model))
     architectures.zero_classifier(model)
     return model, Description(found.arch, classes, found.input, options, found.training)
+
+
+def _expect_network(wanted: Network, found: Description, init: Path) -> None:
+    """Raises CheckpointError unless a model directory holds the network that params name.
+
+    What the stages add to its options (exits, layers of a projection head, the members of an ensemble) may be left out.
+    """
+    given = inputs.Input.model_validate(found.input)
+    added = set(found.options) if found.arch == architectures.ENSEMBLE else {exits.OPTION, "head_layers"}
+    own = {name: value for name, value in found.options.items() if name not in added}
+    same = (given.size, given.side, given.mean, given.std)
+    if (
+        wanted.arch != found.arch
+        or wanted.options not in (own, found.options)
+        or (wanted.input.size, wanted.input.side, wanted.input.mean, wanted.input.std) != same
+    ):
+        theirs = f"{{arch: {found.arch}, options: {own}, input: {given.model_dump(mode='json')}}}"
+        raise CheckpointError(
+            f"`model` is another network than that of {init}, from which training starts: it is "
+            f"{{arch: {wanted.arch}, options: {wanted.options}, input: {wanted.input.model_dump(mode='json')}}}, not {theirs}. "
+            "Name the model that the directory was made with."
+        )
 
 
 def _refuse_layer(from_layer: int | None, init: Path) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 import cv2
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from pipeline.scenes import scene
 from pipeline.scenes.categories import CLASSES, OTHERS
@@ -28,6 +28,9 @@ from pipeline.store.params import Section
 
 LABELLED, VAL, POOL, LEAK, BROKEN, ORDER = range(6)
 """Streams of randomness: an image's pixels follow from (seed, stream, number) alone, whoever draws it and when."""
+
+SIZE = 96
+"""Side of a scene in pixels."""
 
 CHUNK = 64
 """Images that a worker draws at a time."""
@@ -47,16 +50,22 @@ TRUTH = pa.schema(
 
 
 class Draw(Section):
-    """How much to draw. `labelled` and `val` count images per class, the rest images of the whole pool."""
+    """How much to draw, in scenes of 96 pixels."""
 
     seed: NonNegativeInt
-    size: int = Field(96, ge=96)
+    """From which every scene follows."""
     labelled: PositiveInt = 50
+    """Labelled images of each class, of which there are ten."""
     val: PositiveInt = 100
+    """Validation images of each class."""
     in_class: PositiveInt = 3_000
+    """Images of the pool that belong to a class."""
     out_of_class: PositiveInt = 5_000
+    """Images of the pool that belong to none: at least half of it."""
     leaks: NonNegativeInt = 63
+    """Images of the pool that are copies of validation images; at most as many as there are of these."""
     broken: NonNegativeInt = 18
+    """Files of the pool that are no image."""
     shard: PositiveInt = 4_096
     """Most members of one tar of the pool."""
 
@@ -149,7 +158,7 @@ def truth_row(file: File) -> dict[str, str | None]:
 
 def draw_all(files: Sequence[File], params: Draw, workers: int) -> Iterator[tuple[File, bytes]]:
     """Each file with its bytes, in the order given, however many processes draw."""
-    make = partial(_bytes, seed=params.seed, size=params.size)
+    make = partial(_bytes, seed=params.seed, size=SIZE)
     contents = [file.content for file in files]
     if workers == 1:
         yield from zip(files, map(make, contents), strict=True)

@@ -6,6 +6,7 @@ python -m pipeline.stages.compare --show data/compare/results       # the table 
 import json
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -17,14 +18,16 @@ from pipeline.report.page import MLFLOW, gallery_of, render
 from pipeline.report.statistics import Difference
 from pipeline.report.table import as_csv, as_json, as_markdown, difference_of, footnotes, print_table
 from pipeline.store import artifact
-from pipeline.store.params import Section
+from pipeline.store.params import Names, Section
 
 
 class Compare(Section):
-    """`title` of the report; `baseline`: the entry of `evaluate` that the others are compared with."""
+    """The table and the report."""
 
     title: str = "Comparison"
-    baseline: str
+    """The report's title."""
+    baseline: Annotated[str, Names("evaluate")]
+    """The entry of `evaluate` that the others are compared with."""
 
 
 def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ...]) -> stage.Metrics:

@@ -16,38 +16,43 @@ from pipeline.learning.teachers import read
 from pipeline.learning.views import Mix, View
 from pipeline.models import architectures, checkpoint, device, inputs, network, prediction
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 UNKNOWN = -1  # the label of an image that has none
 
 
 class Distil(Section):
-    """`init`, `teacher` and `images` are read by dvc.yaml: what to start from, whom to learn from, which images to learn on.
+    """What the student starts from, whom it learns from, on which images, and how (SSLD, section 3)."""
 
-    `teacher` is a model directory, or `label/<entry>`: what a teacher said about the views kept there, which then are the views
-    to learn on. `labelled`: add the labelled images, their labels unread, to `images`. `teacher_bn`: the statistics that the
-    teacher normalises with, `eval` its own or `batch` those of each batch (as SSLD's published code has it); either way its
-    weights stay as they are. `mix`: mixup and cutmix of the view that both see.
-
-    `from_layer`: as in `teach`, of an `init` from `pretrain`. `alpha` below 1 adds hard labels, as SimCLRv2 does where there are
-    many: alpha times the divergence on all images, and 1 - alpha times the cross entropy of the labelled ones, both averaged
-    over the batch. `labels`: only of so many of these, the same as in `teach`.
-    """
-
-    init: str
-    teacher: str
-    images: str
+    init: Made
+    """`scratch`, or the model directory to start from, or a checkpoint file."""
+    teacher: Made
+    """Whom to learn from: a model directory, or `label/<entry>`, what a teacher said about the views kept there, which then are
+    the views to learn on."""
+    images: Made
+    """The images to learn on (a manifest: `select/top`)."""
     model: network.Network | None = None
+    """The student, by its name in `models`; where `init` is a model directory, the network that it holds."""
     from_layer: NonNegativeInt | None = None
+    """After which layer of the projection head the classifier stands, where `init` is from `pretrain`, as in `teach`."""
     labelled: bool = True
+    """Add the labelled images, their labels unread, to `images`."""
     loss: losses.SoftLoss = losses.SoftLoss()
+    """How far the student is from the teacher."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Below 1 adds hard labels, as SimCLRv2 does where there are many: alpha times the divergence on all images, and 1 - alpha
+    times the cross entropy of the labelled ones, both averaged over the batch."""
     labels: manifest.Amount | None = None
+    """With `alpha` below 1: only so many of the labels, as in `teach`; null: all."""
     teacher_bn: Literal["eval", "batch"] = "eval"
+    """The statistics that the teacher normalises with: its own, or those of each batch (as SSLD's published code has it). Its
+    weights stay as they are either way."""
     view: View | None = None
+    """How views are cut, by a name in `views`; with cached labels, as these were made."""
     mix: Mix = Mix()
-    training: optimisers.Training
-    note: str | None = None
+    """Mixup and cutmix of the view that teacher and student share."""
+    training: optimisers.Steps
+    """How long and how fast, by a name in `trainings`."""
 
     @model_validator(mode="after")
     def _labels_are_there(self) -> "Distil":
@@ -123,7 +128,7 @@ def run(
         params.training.batch,
         known,
         unlabelled,
-        params.note or origin.get("note"),
+        origin.get("note"),
         macs=architectures.macs_of_training(model, given.size, *taught_by.networks),
     )
     with artifact.writing(out) as tmp:

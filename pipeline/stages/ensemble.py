@@ -9,15 +9,16 @@ from pipeline.harness import stage
 from pipeline.models import architectures, checkpoint, inputs, network
 from pipeline.models.checkpoint import Description
 from pipeline.store import artifact
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 
 class Ensemble(Section):
-    """`first` and `second` (read by dvc.yaml): model directories. Of an ensemble among them every member counts as much as the
-    other, so three models are the ensemble of one with the ensemble of two."""
+    """Two models. All members of an ensemble count alike: three models are one with the ensemble of two."""
 
-    first: str
-    second: str
+    first: Made
+    """A model directory."""
+    second: Made
+    """Another."""
 
 
 def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metrics:

@@ -28,26 +28,25 @@ from pipeline.report.measure import (
     measure,
 )
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 
 class Evaluate(Section):
-    """`model`: the model directory to measure (read by dvc.yaml).
+    """What is measured, and how."""
 
-    `exit`: of a network with exits, the number of one, all as an `ensemble`, or `early`: the first that is sure enough, at the
-    threshold that costs least among those with which the held-out images lose nothing against the deepest exit. null: the
-    deepest, with a table of all of these beside it.
-
-    `size`: measure at another input size, with a canvas enlarged in proportion (Touvron et al. 2019, "FixRes": networks trained
-    on crops see larger objects than they meet when tested). `corruptions`: also on worse images. `timing`: also the images per
-    second of this machine, which makes the evaluation another one each time it is done.
-    """
-
-    model: str
+    model: Made
+    """The model directory to measure."""
     exit: int | Literal["ensemble", "early"] | None = None
+    """What to measure of a network with exits: the number of one, all as an `ensemble`, or `early`, the first that is sure
+    enough, at the threshold that costs least among those with which the held-out images lose nothing against the deepest exit.
+    null: the deepest, with a table of all of these beside it."""
     size: PositiveInt | None = None
+    """Measure at another input size, in pixels, with a canvas enlarged in proportion (Touvron et al. 2019, "FixRes": networks
+    trained on crops see larger objects than they meet when tested)."""
     corruptions: bool = False
+    """Measure on worse images too."""
     timing: bool = False
+    """Measure the images per second of this machine too, which makes the evaluation another one each time it is done."""
 
 
 def run(

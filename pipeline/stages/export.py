@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.models import architectures, checkpoint, inputs, network
 from pipeline.store import artifact
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 BATCHES = (1, 3)  # whose logits are compared: any number of images must do
 TOLERANCE = 1e-3  # of the largest logit
@@ -24,17 +24,18 @@ ONNX, PROGRAM, EXAMPLE, CARD = "model.onnx", "model.pt2", "example.py", "README.
 
 
 class Export(Section):
-    """`model` and `evaluation` are read by dvc.yaml: what to hand over, and the measurement that its card quotes.
+    """What is handed over."""
 
-    `exit`: of a network with exits, the one to end at (null: the deepest); `evaluation` must be that exit's. `name` and
-    `licence` (SPDX) are for the card.
-    """
-
-    model: str
-    evaluation: str
+    model: Made
+    """The model directory to hand over."""
+    evaluation: Made
+    """The measurement that the card quotes: an entry of `evaluate`, of the same exit."""
     exit: PositiveInt | None = None
+    """The exit to end at, of a network with exits; null: the deepest."""
     name: str = "student"
+    """The model's name on the card."""
     licence: str | None = None
+    """The licence on the card: an SPDX identifier; null: none is stated."""
 
 
 class Classifier(nn.Module):

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
 from pipeline.errors import UserError
@@ -20,26 +20,28 @@ from pipeline.learning.teachers import FILE, Cached, Online, columns
 from pipeline.learning.views import Batch, View
 from pipeline.models import device, inputs, prediction
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 SHARD = 16 * prediction.BATCH  # images; a killed run loses at most one shard
+CHECKED = 256  # images, drawn by the seed, that are labelled again from the file alone, and compared
 TOLERANCE = 0.05  # of a probability: half precision, and logits that change in their last digits with the batch
 
 
 class Label(Section):
-    """`teacher` and `images` are read by dvc.yaml: who labels what. `labelled`: the labelled images too, their labels unread.
+    """Who labels what."""
 
-    `views`: how many views of each image; a training of more passes sees them again. `m`: how many classes to keep of each, at
-    most all. `check`: so many images, drawn by the seed, are labelled again from the file alone, and compared.
-    """
-
-    teacher: str
-    images: str
+    teacher: Made
+    """A model directory."""
+    images: Made
+    """The images to label (a manifest: `select/top`)."""
     labelled: bool = True
+    """Label the labelled images too, their labels unread."""
     views: PositiveInt = 4
+    """Views of each image; a training of more passes sees them again."""
     m: PositiveInt = 10
+    """How many classes to keep of each, the best; at most all."""
     view: View = View()
-    check: NonNegativeInt = 256
+    """How views are cut, by a name in `views`; a student of these labels names an equal one."""
 
 
 def run(
@@ -82,7 +84,7 @@ def run(
             for folder in folders:
                 shutil.rmtree(folder)
             raise UserError(
-                f"the labels of {min(params.check, len(seen))} images, made again, differ by up to {gap:.3f} in a probability "
+                f"the labels of {min(CHECKED, len(seen))} images, made again, differ by up to {gap:.3f} in a probability "
                 f"(at most {TOLERANCE} is rounding), as where a run is killed on one device or precision and ends on another. "
                 "All labels made so far are removed: run the stage again, to make them all in one way."
             )
@@ -138,9 +140,7 @@ def _logits(expert: Online, pixels: inputs.Pixels, rows: np.ndarray, params: Lab
 
 def _gap(expert: Online, cached: Cached, pixels: inputs.Pixels, params: Label, seed: int) -> float:
     """The largest difference of a kept probability between the file and the teacher, on views made anew in another order."""
-    count = min(params.check, len(pixels))
-    if not count:
-        return 0.0
+    count = min(CHECKED, len(pixels))
     random = np.random.default_rng(seed)
     rows, passes = random.permutation(len(pixels))[:count], random.integers(0, params.views, count)
     views = cached.viewer(expert.size, params.view, seed)(expert.on.batch(pixels.gather(rows)), rows, passes)

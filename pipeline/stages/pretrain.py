@@ -17,30 +17,31 @@ from pipeline.learning.loop import fit, optimisers
 from pipeline.models import architectures, checkpoint, device, inputs, network
 from pipeline.report.probe import monitor
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 MONITORED = 10_000  # images that the k-nearest neighbours and the linear probe learn from, at most
+NEIGHBOURS = 20
 
 
 class Pretrain(Section):
-    """`images` is read by dvc.yaml: the images to learn from. `labelled` adds the labelled ones, their labels unread.
+    """What the encoder learns from, and how. The negatives of a view are those of its whole batch, on all processes."""
 
-    `head_layers`, `head_out`: the projection head, 3 layers in SimCLRv2 and 2 in SimCLR, and its outputs. `temperature`: 0.1
-    for ImageNet, 0.5 for CIFAR. `neighbours`: k of the monitor. The negatives of a view are those of its whole batch, on all
-    processes; with `training.accumulate` those of its piece.
-    """
-
-    images: str
+    images: Made
+    """The images to learn from (a manifest: `dedup/pool`); the labelled ones are added, their labels unread."""
     model: network.Network
-    labelled: bool = True
-    views: TwoViews = TwoViews()
+    """The encoder, by its name in `models`."""
+    two_views: TwoViews = TwoViews()
+    """How the two views of an image are drawn."""
     head_layers: Annotated[int, Field(ge=2, le=3)] = 3
+    """Layers of the projection head: 3 in SimCLRv2, 2 in SimCLR."""
     head_out: PositiveInt = 128
+    """Outputs of the projection head."""
     temperature: PositiveFloat = 0.1
+    """The temperature of NT-Xent: 0.1 for ImageNet, 0.5 for CIFAR."""
     memory: Memory | None = None
-    neighbours: PositiveInt = 20
-    training: optimisers.Training
-    note: str | None = None
+    """Further negatives of every view; null: none."""
+    training: optimisers.Steps
+    """How long and how fast, by a name in `trainings`; with `accumulate` the negatives are those of a piece of the batch."""
 
 
 def run(
@@ -60,7 +61,7 @@ def run(
     No label trains anything: those of `train` and `holdout` serve the monitor alone, which says ten times in a run how well
     the k nearest neighbours and a linear probe on `train`'s features classify `holdout`. Raises TrainingError, ModelError.
     """
-    seen, labelled, _ = manifest.to_learn(chosen, train, params.labelled)
+    seen, labelled, _ = manifest.to_learn(chosen, train, True)
     held_out = manifest.read(holdout)
     on = device.pick(machine)
     given = params.model.input
@@ -80,7 +81,7 @@ def run(
         known.labels(),
         inputs.load(held_out, given.side, cores, machine.memory_gb, "holdout"),
         held_out.labels(),
-        params.neighbours,
+        NEIGHBOURS,
         given,
         on,
     )
@@ -88,7 +89,7 @@ def run(
         model,
         contrast,
         inputs.load(seen, given.side, cores, machine.memory_gb, "images"),
-        two_views(given.size, params.views, seed),
+        two_views(given.size, params.two_views, seed),
         params.training,
         seed=seed,
         device=on,
@@ -108,7 +109,7 @@ def run(
         given.model_dump(mode="json"),
         dict(params.model.options),
         projection={"layers": params.head_layers, "out": params.head_out},
-    ).trained(params.training.steps, params.training.batch, 0, len(seen), params.note, macs=cost)
+    ).trained(params.training.steps, params.training.batch, 0, len(seen), None, macs=cost)
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, model.projected, description, history)
     facts = {"steps": params.training.steps, "images": len(seen), "parameters": architectures.parameters_of(model)}

@@ -17,17 +17,19 @@ from pipeline.harness import shards, stage
 from pipeline.harness.machine import Machine
 from pipeline.models import device, inputs, network, prediction
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 FILE = "scores.parquet"
 SHARD = 64 * prediction.BATCH  # images; a killed run loses at most one shard
 
 
 class Score(Section):
-    """`teacher`: a model directory (read by dvc.yaml). `m`: how many classes to keep of each image, at most all."""
+    """Who scores the pool."""
 
-    teacher: str
+    teacher: Made
+    """A model directory."""
     m: PositiveInt = 10
+    """How many classes to keep of each image, the best; at most all."""
 
 
 def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, scratch: Path, machine: Machine) -> stage.Metrics:

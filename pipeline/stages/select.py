@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 SCORES = "scores.parquet"
 SELECTION = "selection.json"
@@ -28,22 +28,25 @@ NAMED = 20
 
 
 class Select(Section):
-    """Which images of the pool are selected (SSLD's documentation; Yalniz et al. 2019 for `top_p`).
+    """Which images of the pool are selected (SSLD's documentation).
 
-    `rule`: `top` takes the `k` images of each class that have the highest log p; `random` takes as many images as
-    `top` would, drawn by the seed; `all` takes the pool. `membership`: an image belongs to its first class (`argmax`),
-    to its first `p` (`top_p`), or to each class that its scores hold (`any`). `several`: whether more than one class
-    may take the same image. If not, the pairs of image and class are gone through from the highest log p down (ties:
-    first image first, then first class first), and a pair is taken when its image is still free and its class has
-    fewer than `k`. `scores` names the entry of `score`; `dvc.yaml` turns it into a path.
+    Without `several`, the pairs of image and class are gone through from the highest log p down (ties: first image first, then
+    first class first). A pair is taken when its image is still free and its class has fewer than `k`.
     """
 
-    scores: str
+    scores: Made
+    """The scores to select by: an entry of `score`."""
     rule: Literal["top", "random", "all"]
+    """`top` takes the `k` images of each class that have the highest log p; `random` takes as many images as `top` would, drawn
+    by the seed; `all` takes the pool."""
     k: PositiveInt = Field(le=999_999)
+    """Images of each class."""
     membership: Literal["argmax", "top_p", "any"] = "argmax"
+    """An image belongs to its first class, to its first `p` (Yalniz et al. 2019), or to each class that its scores hold."""
     p: PositiveInt = 10
+    """How many of its first classes `top_p` counts; at most `m` of the scores."""
     several: bool = True
+    """Whether more than one class may take the same image."""
 
 
 class Taken(NamedTuple):

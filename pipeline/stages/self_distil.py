@@ -19,36 +19,42 @@ from pipeline.learning.views import Batch, View, viewer
 from pipeline.models import architectures, checkpoint, device, exits, inputs, network, prediction
 from pipeline.models.exits import Exited
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 LABELS = "labels"
 """The `teacher` of an entry that learns from labels; data/labels stands in dvc.yaml where a model directory would."""
 
 
 class SelfDistil(Section):
-    """`init`, `teacher` and `images` are read by dvc.yaml: what to start from, whom to learn from, which images to learn on.
+    """What the network with exits starts from, whom its exits learn from, on which images, and how.
 
-    `teacher: labels` is the paper's method, on labelled `images` (`dedup/train`). With a model directory or cached labels as the
-    teacher (see `distil`) the exits learn its soft labels by `loss` instead, on `images` and, where `labelled` is set, on the
-    labelled ones with their labels unread: a student of SSLD that also teaches itself.
-
-    `alpha` weighs the deepest exit's probabilities at `temperature` against the labels, `lambda` its features; both apply to the
-    exits before it. Published code has alpha 0.1 and 0.3, temperature 3, and lambda 1e-6 on pooled features summed over a batch
-    of 128 (1.28e-4 where a batch is averaged, as here). `alpha: 0` with `lambda: 0` is deep supervision, the control.
+    `alpha` and `lambda` apply to the exits before the deepest. Both 0 is deep supervision, the control.
     """
 
-    init: str
-    teacher: str
-    images: str
+    init: Made
+    """`scratch`, or the model directory to start from, or a checkpoint file."""
+    teacher: Made
+    """`labels`: the paper's method, on labelled `images`. With a model directory or cached labels (see `distil`) the exits
+    learn its soft labels by `loss` instead: a student of SSLD that also teaches itself."""
+    images: Made
+    """The images to learn on (a manifest: `dedup/train`)."""
     model: network.Network | None = None
+    """The network without exits, by its name in `models`; where `init` is a model directory, the one that it holds."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Weighs the deepest exit's probabilities against the labels. Published code has 0.1 and 0.3."""
     lambda_: NonNegativeFloat = Field(1e-4, alias="lambda")
+    """Weighs the deepest exit's features. Published code has 1e-6 on pooled features summed over a batch of 128 (1.28e-4 where
+    a batch is averaged, as here)."""
     temperature: Annotated[float, Field(gt=0)] = 3.0
+    """T of the deepest exit's probabilities. Published code has 3."""
     labelled: bool = True
+    """With a teacher: add the labelled images, their labels unread, to `images`."""
     loss: losses.SoftLoss = losses.SoftLoss()
+    """With a teacher: how far an exit is from it."""
     view: View | None = None
-    training: optimisers.Training
-    note: str | None = None
+    """How views are cut, by a name in `views`; with cached labels, as these were made."""
+    training: optimisers.Steps
+    """How long and how fast, by a name in `trainings`."""
 
 
 Target = Callable[[Tensor], Tensor]
@@ -125,7 +131,7 @@ def run(
         params.training.batch,
         origin.get("labelled", 0),
         0 if from_labels else unlabelled,
-        params.note or origin.get("note"),
+        origin.get("note"),
         macs=architectures.macs_of_training(model, given.size, *frozen),
     )
     with artifact.writing(out) as tmp:

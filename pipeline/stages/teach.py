@@ -1,10 +1,11 @@
 """Train a model on labels, or bring in a published one: teachers, baselines, fine-tunes."""
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt
+from pydantic import AfterValidator, NonNegativeInt
 from torch import Tensor, nn
 
 from pipeline.harness import stage
@@ -13,29 +14,35 @@ from pipeline.learning import views
 from pipeline.learning.loop import fit, optimisers
 from pipeline.models import architectures, checkpoint, device, inputs, network, prediction
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
+
+
+def _if_any(training: optimisers.Training | None) -> optimisers.Training | None:
+    return training if training and training.steps else None
 
 
 class Teach(Section):
-    """`init`: `scratch`, or the model directory to start from (`teach/teacher`). `training: null` keeps the model as it comes.
+    """What the model starts from, and how it learns from labels."""
 
-    `exit`: of an `init` with several exits, where the model ends (null: at the deepest); with `training: null` that exit becomes
-    a model directory of its own.
-
-    `labels`: learn from so few labelled images, a number (50) or a share (0.01) of each class, drawn by the seed; `labels.txt` in
-    the model directory names them, and the table counts them alone. `from_layer`: of a model from `pretrain`, after which layer
-    of its projection head the classifier stands: 1 in SimCLRv2, 0 (on the encoder) where all labels are there.
-    `note` stands below the table.
-    """
-
-    init: str
+    init: Made
+    """`scratch`, or the model directory to start from (`teach/teacher`), or a checkpoint file (`raw/teachers/it.pth`)."""
     model: network.Network | None = None
+    """The network, by its name in `models`; where `init` is a model directory, the one that it holds."""
     exit: int | None = None
+    """Where an `init` with several exits ends; null: at the deepest. Without training that exit becomes a model directory of its
+    own."""
     view: views.View = views.View()
-    training: optimisers.Training | None = None
+    """How views are cut, by a name in `views`."""
+    training: Annotated[optimisers.Training | None, AfterValidator(_if_any)] = None
+    """How long and how fast, by a name in `trainings`; `steps: 0` keeps the model as it comes."""
     labels: manifest.Amount | None = None
+    """Learn from so few labelled images, a number (50) or a share (0.01) of each class, drawn by the seed; null: all.
+    `labels.txt` in the model directory names them, and the table counts them alone."""
     from_layer: NonNegativeInt | None = None
+    """After which layer of the projection head the classifier stands, where `init` is from `pretrain`: 1 in SimCLRv2, 0 (on the
+    encoder) where all labels are there."""
     note: str | None = None
+    """A remark that stands below the table."""
 
 
 def run(

@@ -29,7 +29,8 @@ from tests.tiny import encoded, tar_of
 ROOT = Path(__file__).parent.parent.parent
 MODEL = {"arch": "resnet8", "options": {"width": 4, "stem_stride": 2}, "input": {"size": 32}}
 TRAINING = {"steps": 8, "batch": 8, "lr": 0.05}
-STUDENT = {"init": "scratch", "model": MODEL, "teacher": "teach/teacher", "training": TRAINING}
+NAMED = {"model": "small", "view": "shifted", "training": "sgd"}
+STUDENT = {"init": "scratch", "teacher": "teach/teacher", **NAMED}
 PARAMS: dict[str, Any] = {
     "seed": 0,
     # The smallest checkpoint interval: a training is saved after every step, so that each kill meets another state.
@@ -43,23 +44,26 @@ PARAMS: dict[str, Any] = {
         "holdout": 0.25,
     },
     "dedup": {},
-    "pretrain": {
-        "base": {
-            "images": "dedup/pool",
-            "model": MODEL,
-            "memory": {"size": 20, "ema": 0.5},
-            "training": {**TRAINING, "optimizer": "lars"},
-        }
+    "models": {"small": MODEL},
+    "views": {"shifted": {}},
+    "trainings": {
+        "sgd": TRAINING,
+        "lars": {**TRAINING, "optimizer": "lars"},
+        "ema": {**TRAINING, "ema": 0.9},
+        "adamw": {**TRAINING, "optimizer": "adamw"},
     },
-    "teach": {"teacher": {"init": "scratch", "model": MODEL, "training": {**TRAINING, "ema": 0.9}}},
+    "pretrain": {
+        "base": {"images": "dedup/pool", "model": "small", "memory": {"size": 20, "ema": 0.5}, "training": "lars"},
+    },
+    "teach": {"teacher": {"init": "scratch", **NAMED, "training": "ema"}},
     "ensemble": {"both": {"first": "teach/teacher", "second": "distil/online"}},
     "score": {"teacher": {"teacher": "teach/teacher", "m": 2}},
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 5}},
     "pack": {"top": {"images": "select/top", "side": 24}},
-    "label": {"top": {"teacher": "teach/teacher", "images": "select/top", "views": 2}},
+    "label": {"top": {"teacher": "teach/teacher", "images": "select/top", "views": 2, "view": "shifted"}},
     "distil": {
         "online": {**STUDENT, "images": "select/top"},
-        "cached": {**STUDENT, "teacher": "label/top", "images": "select/top", "training": {**TRAINING, "optimizer": "adamw"}},
+        "cached": {**STUDENT, "teacher": "label/top", "images": "select/top", "training": "adamw"},
     },
     "self_distil": {"exits": {**STUDENT, "teacher": "labels", "images": "dedup/train"}},
     "evaluate": {"teacher": {"model": "teach/teacher"}, "online": {"model": "distil/online"}},

@@ -245,7 +245,7 @@ def test_the_next_run_finds_everything_cached(site: Site, first: First) -> None:
 
 def test_a_cancelled_run_leaves_no_process_and_no_trace_in_the_clone(site: Site, first: First) -> None:
     before = (site.cpu / "params.yaml").read_bytes(), (site.cpu / "dvc.lock").read_bytes()
-    run = site.run(targets=["teach@teacher"], set_params=["teach.teacher.training.steps=1000000"])
+    run = site.run(targets=["teach@teacher"], set_params=["trainings.brief.steps=1000000"])
     site.until(lambda: working_in(site.cpu, "pipeline.stages.teach"), 60)
     site.ask(f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})
     assert site.finished(run, 60) == "Cancelled"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.store import artifact
+from pipeline.store import artifact, params
 
 ROOT = Path(__file__).parents[2]
 STAGE = '''
@@ -57,7 +57,8 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(house: Path, do: str = "", text: str = "hello") -> list[str]:
-    (house / "params.yaml").write_text(json.dumps({"seed": 7, "distil": {"x": {"text": text, "do": do}}}))
+    needed: dict[str, object] = {key: {} for key in params.NEEDED}  # by DVC
+    (house / "params.yaml").write_text(json.dumps({**needed, "seed": 7, "distil": {"x": {"text": text, "do": do}}}))
     return [sys.executable, "distil.py", "x", "--source", "source", "--out", "data/distil/x"]
 
 
@@ -93,6 +94,21 @@ def test_a_full_disk_is_named_and_the_next_run_finds_its_scratch(house: Path) ->
     assert "Traceback" not in failed.stderr
     assert not (house / "data/distil/x").exists()
     assert len(list((house / ".scratch/distil.x").rglob("resumed"))) == 1
+
+
+def test_under_dvc_a_section_that_a_later_stage_needs_is_missed_at_once(house: Path) -> None:
+    start = command(house)
+    tree = json.loads((house / "params.yaml").read_text())
+    (house / "params.yaml").write_text(json.dumps({k: v for k, v in tree.items() if k != "dedup"}))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WINNOW_TRACKING": "off", "DVC_ROOT": str(house)}
+    done = subprocess.run(start, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "error: params.yaml: `dedup` is missing. Write `dedup: {}`.\n")
+    assert not (house / "data").exists()
+
+
+def test_help_describes_the_keys_of_the_section(house: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "pipeline.stages.select", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert "  k: integer ≥ 1, ≤ 999999; required\n      Images of each class.\n" in done.stdout
 
 
 def test_a_defect_keeps_its_traceback(house: Path) -> None:

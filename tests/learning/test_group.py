@@ -38,8 +38,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(house: Path, entry: str, processes: int, **training: Any) -> tuple[list[str], dict[str, str]]:
     machine = {"device": "cpu", "precision": "float32", "threads": 1, "workers": 1, "processes": processes}
-    section = {"init": "scratch", "model": MODEL, "training": {**TRAINING, **training}}
-    (house / f"{entry}.yaml").write_text(json.dumps({"seed": 1, "machine": machine, "teach": {entry: section}}))
+    shelves = {"models": {"it": MODEL}, "views": {"it": {}}, "trainings": {"it": {**TRAINING, **training}}}
+    section = {"init": "scratch", "model": "it", "view": "it", "training": "it"}
+    (house / f"{entry}.yaml").write_text(json.dumps({"seed": 1, "machine": machine, **shelves, "teach": {entry: section}}))
     inputs = ["--train", "data/prepare/train", "--holdout", "data/prepare/holdout", "--init", "data/scratch"]
     args = [entry, *inputs, "--out", f"data/teach/{entry}", "--params", f"{entry}.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WINNOW_TRACKING": "off"}

@@ -318,8 +318,10 @@ def test_two_processes_pre_train_what_one_does(data: Path, tmp_path: Path) -> No
     losses, house = [], data.parent.parent
     for processes in (1, 2):
         machine = {"device": "cpu", "precision": "float32", "threads": 1, "workers": 1, "processes": processes}
-        section = {**ENTRY, "memory": MEMORY, "temperature": 0.5, "training": {**TRAINING, "steps": 5, "lr": 0.01}}
-        (house / "params.yaml").write_text(json.dumps({"seed": 1, "machine": machine, "pretrain": {f"x{processes}": section}}))
+        shelves = {"models": {"it": MODEL}, "trainings": {"it": {**TRAINING, "steps": 5, "lr": 0.01}}}
+        section = {**ENTRY, "memory": MEMORY, "temperature": 0.5, "model": "it", "training": "it"}
+        tree = {"seed": 1, "machine": machine, **shelves, "pretrain": {f"x{processes}": section}}
+        (house / "params.yaml").write_text(json.dumps(tree))
         inputs = ["--train", data / "train", "--holdout", data / "holdout", "--chosen", data / "pool"]
         args = [f"x{processes}", *map(str, inputs), "--out", f"data/pretrain/x{processes}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "WINNOW_TRACKING": "off"}
