@@ -21,8 +21,8 @@ class SoftLoss(Section):
     name: Literal["sym_kl", "js", "kl", "soft_ce", "dist"] = "sym_kl"
     """`sym_kl`: 1/2 KL(p||q) + 1/2 KL(q||p), what SSLD's code computes and calls JS. `js`: 1/2 KL(p||m) + 1/2 KL(q||m), m =
     (p+q)/2, the true Jensen-Shannon divergence; near agreement its gradient is a quarter of KL's. `kl`: KL(p||q). `soft_ce`:
-    -sum p log q, SimCLRv2's. `dist` (Huang et al. 2022, section 3): 1 - r(p, q) of the probabilities of each image, averaged, plus
-    1 - r of each class over the images of the batch; r is Pearson's correlation, which has no scale."""
+    -sum p log q, SimCLRv2's. `dist` (Huang et al. 2022, section 3): 1 - r(p, q) of the probabilities of each image, averaged,
+    plus 1 - r of each class over the images of the batch; r is Pearson's correlation, which has no scale."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """T. SimCLRv2 has 0.1 to a network of the same kind and 1 to a smaller one."""
     weight: Annotated[float, Field(gt=0)] = 1.0
