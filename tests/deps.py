@@ -1,8 +1,8 @@
 """What code each stage of dvc.yaml depends on, from the import graph. `python -m tests.deps` writes it into dvc.yaml.
 
-DVC does not follow imports, so dvc.yaml lists them: a whole room where a stage uses all of it, else the room's files, since a folder
-would make the stage stale for nothing. `store` and `models` are whole for everybody, and so is every room for a stage that takes
-seconds. What cannot change a result (`harness`, `tracking`, `errors`) is nobody's dependency.
+DVC does not follow imports, so dvc.yaml lists them: a whole room where a stage uses all of it, else the room's files, since a
+folder would make the stage stale for nothing. `store` and `models` are whole for everybody, and so is every room for a stage that
+takes seconds. What cannot change a result (`harness`, `tracking`, `errors`) is nobody's dependency.
 """
 
 import re

@@ -48,7 +48,7 @@ def test_params_are_the_stages_own_section_and_the_seed_where_it_is_read(stage: 
     run = importlib.import_module(f"pipeline.stages.{stage}").run
     hints = get_type_hints(run)
     own = f"{stage}.${{key}}" if "foreach" in DVC[stage] else stage
-    expected = [own] + (["seed"] if "seed" in hints else []) + (["evaluate"] if "entries" in hints else [])
+    expected = [own] + (["seed"] if {"seed", "job"} & hints.keys() else []) + (["evaluate"] if "entries" in hints else [])
     assert STAGES[stage]["params"] == expected
 
 

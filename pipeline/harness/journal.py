@@ -108,7 +108,8 @@ def _line(event: str, content: Mapping[str, Any]) -> bytes:
 def open_journal(record: Mapping[str, Any], folder: Path, gathers: bool = False) -> Journal:
     """Begin the journal of the run that `record` (stage, entry, params, inputs, seed, key, lineage) describes.
 
-    `gathers`: the run stands for all that it was made from, and carries the metrics of each. Starts the mirror if none runs. Never raises an OSError, never waits for a server.
+    `gathers`: the run stands for all that it was made from, and carries the metrics of each. Starts the mirror if none runs.
+    Never raises an OSError, never waits for a server.
     """
     if os.environ.get("WINNOW_TRACKING") == "off":
         return Journal()

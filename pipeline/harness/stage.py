@@ -2,8 +2,9 @@
 
     python -m pipeline.stages.<stage> [<entry>] --<input> PATH ... --out PATH
 
-A stage module is a pure function of typed params and paths; this module reads params.yaml, gives the seed, the machine, a
-scratch folder and a journal to a `run` that asks for them, stamps the artifacts with their origin, and writes the metrics file.
+A stage module is a pure function of typed params and paths. This module reads params.yaml and gives a `run` what it asks for: the
+seed, the machine, a scratch folder, a journal, or all four as its `job`. It stamps the artifacts with their origin, and writes
+the metrics file.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from typing import Any, get_type_hints
 
 from pipeline.errors import UserError
 from pipeline.harness import ranks
+from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal, open_journal
 from pipeline.harness.machine import Machine
 from pipeline.store import artifact
@@ -76,6 +78,7 @@ def main(run: Callable[..., Metrics], parallel: bool = False, gathers: str | Non
 def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers: str | None) -> None:
     stage = Path(inspect.getfile(run)).stem
     hints = get_type_hints(run)
+    wanted = hints.keys() | (Job._fields if "job" in hints else ())
     paths = [name for name in inspect.signature(run).parameters if hints.get(name) is Path and name != "scratch"]
     args = _parse(stage, inspect.getdoc(run) or "", paths, argv)
     keys = (stage, args.entry) if args.entry else (stage,)
@@ -96,17 +99,19 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     if gathers is not None:
         injected["entries"] = tuple(parameters.read(file).get(gathers) or ())
     record = _record(stage, args.entry, params.model_dump(mode="json"), inputs, injected.get("entries", ()))
-    if "seed" in hints:
+    if "seed" in wanted:
         record["seed"] = injected["seed"] = parameters.load_seed(file)
     record["key"] = _key(record)
     name = ".".join(keys)
     with _only_one(name) if first else contextlib.nullcontext():
         scratch = SCRATCH / name / record["key"][:16]
         injected["scratch"] = scratch
-        if "scratch" in hints:
+        if "scratch" in wanted:
             scratch.mkdir(parents=True, exist_ok=True)
         artifact.provenance.set(record)
         journal = injected["journal"] = open_journal(record, SCRATCH / "journal", gathers is not None) if first else Journal()
+        if "job" in wanted:
+            injected["job"] = Job(**{name: injected[name] for name in Job._fields})
         random.seed(0)
         start = time.monotonic()
         try:
@@ -222,4 +227,4 @@ def _stop(message: str, code: int) -> None:
     sys.exit(code)
 
 
-__all__ = ["Journal", "Metrics", "is_out", "main"]
+__all__ = ["Job", "Journal", "Metrics", "is_out", "main"]

@@ -71,7 +71,7 @@ def start(
         _take_over(
             model, foreign, str(init) if init.name != SCRATCH else str(network.pretrained), _order(network, classes), classes
         )
-    return model, Description(network.arch, classes, network.input.model_dump(mode="json"), dict(network.options))
+    return model, Description(network.arch, classes, network.input, dict(network.options))
 
 
 def start_exits(network: Network | None, init: Path, classes: tuple[str, ...], seed: int) -> tuple[exits.Exits, Description]:
@@ -101,7 +101,7 @@ def load(folder: Path, classes: tuple[str, ...], exit: int | None = None) -> tup
     found, state = _up_to(exit, _of(folder, classes), checkpoint.weights(folder), folder)
     model = architectures.create(found.arch, len(classes), found.options)
     checkpoint.fill(model, state, str(folder))
-    return model, found, inputs.Input.model_validate(found.input)
+    return model, found, found.input
 
 
 def load_exits(folder: Path, classes: tuple[str, ...]) -> exits.Exits | None:

@@ -45,9 +45,7 @@ def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metr
     for member, model in zip(whole.members, trained, strict=True):
         member.load_state_dict(model.state_dict())
     seen = inputs.Input(size=size, canvas=side, mean=(0, 0, 0), std=(1, 1, 1))
-    description = Description(
-        architectures.ENSEMBLE, classes, seen.model_dump(mode="json"), options, _together(loaded[0][1], loaded[1][1])
-    )
+    description = Description(architectures.ENSEMBLE, classes, seen, options, _together(loaded[0][1], loaded[1][1]))
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, whole, description, {"train": [], "holdout": []})
     return {"members": len(members), "parameters": architectures.parameters_of(whole)}

@@ -68,7 +68,6 @@ def run(
     """
     classes = manifest.read(train).classes
     on = device.pick(machine)
-    cores = machine.cores(machine.workers)
     number = params.exit if isinstance(params.exit, int) else None
     classifier, description, given = network.load(model, classes, number)
     whole = network.load_exits(model, classes)
@@ -78,7 +77,7 @@ def run(
         canvas = max(params.size, round(given.side * params.size / given.size))
         given = given.model_copy(update={"size": params.size, "canvas": canvas})
     tables = {name: manifest.read(folder) for name, folder in (("holdout", holdout), ("val", val))}
-    pixels = {name: inputs.load(t, given.side, cores, machine.memory_gb, name) for name, t in tables.items()}
+    pixels = {name: inputs.load(t, given.side, machine, name) for name, t in tables.items()}
     labels = {name: torch.from_numpy(t.labels()) for name, t in tables.items()}
     every = whole if params.exit in (None, "early") else None  # only these two look at what each exit says
     costs = [architectures.macs(exits.Stacked(every, i + 1), given.size) for i in range(len(every))] if every else []

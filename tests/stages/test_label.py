@@ -54,7 +54,7 @@ def test_views_repeat_after_the_last(data: Path, expert: Path, tmp_path: Path) -
     seen = manifest.concat([manifest.read(data / "pool"), manifest.read(data / "train")])
     on = device.pick(MACHINE)
     cached = teachers.Cached(tmp_path / "labels", manifest.read(data / "train").classes, seen, on, "eval")
-    raw = inputs.load(seen, 16, 1, 1.0, "test").gather(np.arange(5))
+    raw = inputs.load(seen, 16, MACHINE, "test").gather(np.arange(5))
     views = cached.viewer(16, None, 0)
     rows = np.arange(5)
     for passes, same in ((np.full(5, 2), True), (np.full(5, 1), False)):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal
 from pipeline.models import architectures, checkpoint, network
 from pipeline.models.checkpoint import CheckpointError
@@ -103,10 +104,7 @@ def self_distilled(
             teacher=teacher,
             chosen=chosen or data / "train",
             out=out,
-            seed=0,
-            scratch=out.parent / f"{out.name}-scratch",
-            journal=Journal(),
-            machine=MACHINE,
+            job=Job(0, out.parent / f"{out.name}-scratch", Journal(), MACHINE),
         )
     )
 

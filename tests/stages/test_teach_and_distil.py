@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
 from pipeline.learning import losses
@@ -44,7 +45,7 @@ def one_thread() -> Iterator[None]:
 def taught(data: Path, out: Path, seed: int = 0, scratch: Path | None = None, init_path: Path = SCRATCH, **params: Any) -> Path:
     section = teach.Teach.model_validate({"init": "-", "model": SMALL, "training": TRAINING, **params})
     paths = {"train": data / "train", "holdout": data / "holdout", "init": init_path, "out": out}
-    teach.run(section, **paths, seed=seed, scratch=scratch or out.parent / "s", journal=Journal(), machine=MACHINE)
+    teach.run(section, **paths, job=Job(seed, scratch or out.parent / "s", Journal(), MACHINE))
     return out
 
 
@@ -62,10 +63,7 @@ def distilled(
             teacher=teacher,
             chosen=chosen or data / "pool",
             out=out,
-            seed=0,
-            scratch=out.parent / f"{out.name}-scratch",
-            journal=Journal(),
-            machine=MACHINE,
+            job=Job(0, out.parent / f"{out.name}-scratch", Journal(), MACHINE),
         )
     )
 
@@ -225,7 +223,7 @@ def test_scores_do_not_depend_on_shards_or_on_a_kill(data: Path, tmp_path: Path,
 
 def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path) -> None:
     model = architectures.create("resnet8", 2, {"width": 4})
-    given = inputs.Input(size=16).model_dump(mode="json")
+    given = inputs.Input(size=16)
     with artifact.writing(tmp_path / "teacher") as tmp:
         checkpoint.save(tmp, model, checkpoint.Description("resnet8", ("ant", "dog"), given, {"width": 4}), {})
     with pytest.raises(CheckpointError, match="knows the classes ant, dog, the images the classes ant, bee, cat"):
