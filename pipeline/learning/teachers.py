@@ -1,28 +1,21 @@
 """Where soft labels come from: a network that looks at each view, or a table of what it said about views that can be made again.
 
-The table (an artifact of the stage `label`) holds, for each of V views of each image, the teacher's m best classes and their
-log-probabilities. A view is a function of (seed, number of the view, row), so the seed is all that is kept of it.
+The table is an artifact of the stage `label`; `labels` has its format.
 """
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.learning import views
+from pipeline.learning import labels, views
 from pipeline.learning.views import Batch
 from pipeline.models import network, prediction
 from pipeline.models.device import Device
 from pipeline.store import artifact, manifest
-
-FILE = "labels.parquet"
 
 
 class LabelsError(UserError):
@@ -37,7 +30,7 @@ def read(
     `statistics`: what a network normalises with, its own or those of each batch. Raises CheckpointError, ArtifactError,
     LabelsError.
     """
-    if (folder / FILE).is_file():
+    if (folder / labels.FILE).is_file():
         artifact.verify(folder)
         return Cached(folder, classes, seen, on, statistics)
     return Online(folder, classes, on, statistics)
@@ -77,24 +70,22 @@ class Cached:
     """
 
     def __init__(self, folder: Path, classes: tuple[str, ...], seen: manifest.Manifest, on: Device, statistics: str) -> None:
-        table = pq.read_table(folder / FILE)
-        facts = json.loads(table.schema.metadata[b"facts"])
-        if tuple(facts["classes"]) != classes:
+        kept = labels.read(folder)
+        facts = kept.facts
+        if facts.classes != classes:
             raise LabelsError(f"{folder} has labels of other classes than the training images. Remake it: `dvc repro`.")
-        if not table["id"].equals(seen.table["id"]):
+        if not kept.ids.equals(seen.table["id"]):
             raise LabelsError(
-                f"{folder} has labels of {len(table):,} images, which are not the {len(seen):,} to learn on. "
+                f"{folder} has labels of {len(kept.ids):,} images, which are not the {len(seen):,} to learn on. "
                 "Its entry of `label` must name the same `images`, and the same `labelled`."
             )
         if statistics != "eval":
             raise LabelsError(f"`teacher_bn: {statistics}` needs a teacher in the loop, but {folder} holds cached labels.")
-        self.side, self.size, self.training = facts["side"], facts["size"], facts["training"]
-        self.seed, self.view, self.views = facts["seed"], views.View.model_validate(facts["view"]), facts["views"]
+        self.side, self.size, self.training = facts.side, facts.size, facts.training
+        self.seed, self.view, self.views = facts.seed, facts.view, facts.views
         self.count, self.folder, self.on = len(classes), folder, on
         self.networks: list[tuple[nn.Module, int]] = []
-        shape = (len(table), self.views, -1)
-        self.classes = _flat(table["classes"]).reshape(shape)  # N, V, m
-        self.log_p = _flat(table["log_p"]).reshape(shape)  # N, V, m
+        self.classes, self.log_p = kept.classes, kept.log_p  # N, V, m
 
     def canvas(self, side: int) -> int:
         """Always that of the labels: from another one the same draws make other views."""
@@ -118,20 +109,6 @@ class Cached:
         best = torch.from_numpy(self.classes[batch.rows, view].astype(np.int64))
         left = (1 - log_p.exp().sum(1, keepdim=True)).clamp_min(1e-9) / max(1, self.count - log_p.shape[1])
         return left.log().repeat(1, self.count).scatter_(1, best, log_p).to(self.on.device)
-
-
-def columns(logits: Sequence[Tensor], m: int) -> dict[str, pa.Array]:
-    """The columns of a table of labels from the (N, C) float32 logits of each view: `classes` and `log_p`, V x m an image."""
-    log_p, best = torch.stack(list(logits), 1).log_softmax(2).topk(m)  # N, V, m
-    width = len(logits) * m
-    return {
-        "classes": pa.FixedSizeListArray.from_arrays(pa.array(best.numpy().astype(np.uint16).ravel()), width),
-        "log_p": pa.FixedSizeListArray.from_arrays(pa.array(log_p.numpy().astype(np.float16).ravel()), width),
-    }
-
-
-def _flat(column: pa.ChunkedArray) -> np.ndarray:
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
 def _frozen(model: nn.Module, statistics: str) -> nn.Module:

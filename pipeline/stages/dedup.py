@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
+from pipeline.leaks import findings
 from pipeline.leaks.decision import ALIKE, Dedup, decide, one_per_copy, read_overrides
 from pipeline.leaks.findings import Row
 from pipeline.leaks.gallery import page
@@ -62,7 +62,7 @@ def run(
         with artifact.writing(train_out) as tmp:
             manifest.write(tmp, kept["train"].table, sets["train"].classes)
     with artifact.writing(leaks_out) as tmp:
-        pq.write_table(audit, tmp / "leaks.parquet", compression="zstd")
+        findings.write(tmp, audit)
     with artifact.writing(gallery_out) as tmp:
         (tmp / "index.html").write_text(page(audit, sets))
     return _metrics(audit, len(sets["pool"]), len(kept["pool"]), len(sets["train"]) - len(kept["train"]))

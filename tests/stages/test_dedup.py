@@ -9,7 +9,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
@@ -71,7 +70,7 @@ class Bench:
         )
 
     def audit(self) -> list[dict[str, Any]]:
-        return pq.read_table(artifact.verify(self.folder / "out" / "leaks") / "leaks.parquet").to_pylist()
+        return findings.read(artifact.verify(self.folder / "out" / "leaks")).to_pylist()
 
     def kept(self, name: str = "pool") -> set[str]:
         return set(manifest.read(self.folder / "out" / name).table["id"].to_pylist())

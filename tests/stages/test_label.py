@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import UserError
-from pipeline.learning import teachers, views
+from pipeline.learning import labels, teachers, views
 from pipeline.learning.views import Batch
 from pipeline.models import device, inputs
 from pipeline.stages import label
@@ -92,7 +92,7 @@ def test_finished_shards_are_not_labelled_again(
         shard.rmdir()
     labelled(data, expert, tmp_path / "shards")
     assert first.stat().st_mtime_ns == marked
-    whole, shards = (pq.read_table(tmp_path / name / teachers.FILE) for name in ("whole", "shards"))
+    whole, shards = (pq.read_table(tmp_path / name / labels.FILE) for name in ("whole", "shards"))
     assert whole["classes"].equals(shards["classes"])
     assert whole["log_p"].equals(shards["log_p"])
 
