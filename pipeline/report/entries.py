@@ -1,15 +1,14 @@
 """The evaluated models side by side, as read from the artifacts of `evaluate`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
+from pipeline.report import evaluation
 from pipeline.report.evaluation import Evaluation
 from pipeline.report.statistics import Difference, paired_difference
 from pipeline.store import artifact
@@ -43,14 +42,14 @@ class Entry:
 
 
 def read_entry(name: str, folder: Path) -> Entry:
-    predictions = pq.read_table(folder / "predictions.parquet", columns=["id", "label", "predicted"])
+    predictions = evaluation.read_predictions(folder)
     return Entry(
         name,
-        Evaluation.model_validate_json((folder / "evaluation.json").read_text()),
+        evaluation.read(folder),
         predictions["id"].to_numpy(),
         predictions["label"].to_numpy(),
         predictions["predicted"].to_numpy(),
-        json.loads((folder / "history.json").read_text()),
+        evaluation.read_history(folder),
         artifact.record(folder).get("lineage", {}),
     )
 

@@ -1,14 +1,11 @@
 """Measure a model on the validation images, once, and on the held-out images, where choices are made."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from pyarrow import csv
 from pydantic import PositiveInt
 from torch import Tensor
 
@@ -17,6 +14,7 @@ from pipeline.harness.machine import Machine
 from pipeline.models import architectures, checkpoint, device, exits, inputs, network, prediction
 from pipeline.models.exits import ExitError
 from pipeline.report import corruptions
+from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Speed, TrainingFacts, write
 from pipeline.report.measure import (
     cheapest,
     compare_exits,
@@ -92,61 +90,59 @@ def run(
     logits = {name: logits_of(classifier, p, given, on) for name, p in pixels.items()}
     measured = {name: measure(logits[name], labels[name], classes) for name in tables}
     origin = artifact.record(model)
-    evaluation: dict[str, Any] = {
-        "model": {
-            "arch": description.arch,
-            "parameters": architectures.parameters_of(classifier),
-            "macs": architectures.macs(classifier, given.size) if macs is None else macs,
-            "input": given.size,
-            "exit": params.exit,
-        },
-        "training": {
-            "stage": origin.get("stage"),
-            "entry": origin.get("entry"),
-            "init": _name(origin, "init"),
-            "teacher": _name(origin, "teacher"),
+    evaluation = Evaluation(
+        model=Model(
+            arch=description.arch,
+            parameters=architectures.parameters_of(classifier),
+            macs=architectures.macs(classifier, given.size) if macs is None else macs,
+            input=given.size,
+            exit=params.exit,
+        ),
+        training=TrainingFacts(
+            stage=origin.get("stage"),
+            entry=origin.get("entry"),
+            init=_name(origin, "init"),
+            teacher=_name(origin, "teacher"),
             **description.training,
-        },
-        **measured,
-    }
-    shown = ("top1", "top1_low", "top1_high", "top5", "nll", "ece")
-    metrics: dict[str, Any] = {"n": measured["val"]["n"]}
-    metrics |= {f"{name}_{key}": measured[name][key] for name in ("val", "holdout") for key in shown}
+        ),
+        val=measured["val"],
+        holdout=measured["holdout"],
+    )
+    metrics: dict[str, Any] = {"n": evaluation.val.n}
+    metrics |= {name: value for name, value in evaluation.figures().items() if not name.endswith("_n")}
     timed = {"whole": classifier}
     if whole and params.exit is None:
         ways = {str(i): network.load(model, classes, i)[0] for i in range(1, len(whole) + 1)} | {
             "ensemble": exits.Ensemble(whole)
         }
-        evaluation["exits"] = compared = compare_exits(stacked, labels, ways, costs, given.size)
-        metrics["exits"] = {row["exit"]: row["val_top1"] for row in compared["rows"]}
-        timed = {**ways, "early": exits.Early(whole, compared["threshold"])}
+        evaluation.exits = compare_exits(stacked, labels, ways, costs, given.size)
+        metrics["exits"] = {row.exit: row.val_top1 for row in evaluation.exits.rows}
+        timed = {**ways, "early": exits.Early(whole, evaluation.exits.threshold)}
     if params.corruptions:
         harmed = {name: corrupted(classifier, pixels[name], labels[name], given, on) for name in tables}
-        evaluation["corruptions"] = {"severities": corruptions.SEVERITIES, **harmed}
+        evaluation.corruptions = Corruptions(severities=list(corruptions.SEVERITIES), **harmed)
         metrics |= {f"{name}_corrupted_top1": float(np.mean(list(shares.values()))) for name, shares in harmed.items()}
     if params.timing:
         speeds = images_per_second({name: on.place(m) for name, m in timed.items()}, pixels["val"], given, on)
         journal.log(None, **{f"images_per_second_{name}": speed for name, speed in speeds.items()})
-        how = {"device": str(on.device), "dtype": str(on.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-        evaluation["speed"] = {**how, "batch": prediction.BATCH, "images_per_second": speeds}
+        evaluation.speed = Speed(
+            device=str(on.device),
+            dtype=str(on.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            batch=prediction.BATCH,
+            images_per_second=speeds,
+        )
     with artifact.writing(out) as tmp:
-        (tmp / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
-        (tmp / checkpoint.HISTORY).write_bytes((model / checkpoint.HISTORY).read_bytes())
-        pq.write_table(_predictions(tables["val"], logits["val"]), tmp / "predictions.parquet")
-        csv.write_csv(confusion(logits["val"].argmax(1), labels["val"], classes), tmp / "confusion.csv")
+        named = confusion(logits["val"].argmax(1), labels["val"], classes)
+        history = (model / checkpoint.HISTORY).read_bytes()
+        write(tmp, evaluation, _predictions(tables["val"], logits["val"]), named, history)
     return metrics
 
 
 def _predictions(labelled: manifest.Manifest, logits: Tensor) -> pa.Table:
     confidence, predicted = logits.softmax(1).max(1)
-    return pa.table(
-        {
-            "id": labelled.table["id"],
-            "label": labelled.table["label"],
-            "predicted": pa.array(predicted.numpy().astype(np.int32)),
-            "confidence": pa.array(confidence.numpy()),
-        }
-    )
+    columns = [labelled.table["id"], labelled.table["label"], predicted.numpy().astype(np.int32), confidence.numpy()]
+    return pa.table(columns, schema=PREDICTED)
 
 
 def _name(origin: dict[str, Any], role: str) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.models import architectures, checkpoint, inputs, network
+from pipeline.report.evaluation import Evaluation, read
 from pipeline.store import artifact
 from pipeline.store.params import Section
 
@@ -64,7 +65,7 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
     """
     classes = checkpoint.describe(model).classes
     classifier, description, given = network.load(model, classes, params.exit)
-    measured = _measured(evaluation, model, params.exit, given)
+    measured = _measured(evaluation, model, params.exit, given.size)
     whole = Classifier(classifier, given).eval()
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, classifier, description, json.loads((model / checkpoint.HISTORY).read_text()))
@@ -76,8 +77,8 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
             "given": given,
             "parameters": architectures.parameters_of(classifier),
             "macs": architectures.macs(classifier, given.size),
-            "val": measured["val"],
-            "training": measured["training"],
+            "val": measured.val,
+            "training": measured.training,
             "timm": known_to_timm,
         }
         for name in (EXAMPLE, CARD):
@@ -86,18 +87,19 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
     return {"parameters": facts["parameters"], "bytes": size, **{f"{name}_gap": gap for name, gap in gaps.items()}}
 
 
-def _measured(evaluation: Path, model: Path, exit: int | None, given: inputs.Input) -> dict[str, Any]:
-    """evaluation.json, which the card quotes. Raises UserError if it is of another model, exit or input size."""
-    found: dict[str, Any] = json.loads((artifact.verify(evaluation) / "evaluation.json").read_text())
-    of = artifact.record(evaluation)["inputs"]["model"]
+def _measured(folder: Path, model: Path, exit: int | None, size: int) -> Evaluation:
+    """The evaluation that the card quotes. Raises UserError if it is of another model, exit or input size."""
+    evaluation = read(artifact.verify(folder))
+    of = artifact.record(folder)["inputs"]["model"]
     if of["identity"] != artifact.identity(model):
-        raise UserError(f"{evaluation} measured {of['path']}, not {model}: the card would show figures of another model.")
-    if (found["model"]["exit"], found["model"]["input"]) != (exit, given.size):
+        raise UserError(f"{folder} measured {of['path']}, not {model}: the card would show figures of another model.")
+    measured = evaluation.model
+    if (measured.exit, measured.input) != (exit, size):
         raise UserError(
-            f"{evaluation} measured exit {found['model']['exit']} at {found['model']['input']} pixels, and this exports "
-            f"exit {exit} at {given.size}: name an entry of `evaluate` that measures the same."
+            f"{folder} measured exit {measured.exit} at {measured.input} pixels, and this exports exit {exit} at {size}: "
+            "name an entry of `evaluate` that measures the same."
         )
-    return found
+    return evaluation
 
 
 def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Description, given: inputs.Input) -> bool:

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.harness.journal import DEFAULT_URI, given_tags, metrics_on_disk, tags_of_now
+from pipeline.report import comparison
+from pipeline.report.evaluation import Evaluation
 from pipeline.store import artifact
 from pipeline.tracking.comparison import complete
 from pipeline.tracking.experiment import Experiment
@@ -78,7 +80,7 @@ class Best(NamedTuple):
 
     name: str
     model: Path
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
     holdout: str
 
 
@@ -91,8 +93,8 @@ def best(data: Path = DATA) -> Best | None:
     folder = data / COMPARISON / "results"
     if not folder.is_dir():
         return None
-    comparison = json.loads((artifact.verify(folder) / "comparison.json").read_text())
-    name = comparison["best"]
+    found = comparison.read(artifact.verify(folder))
+    name = found.best
     if name is None:
         return None
     evaluation = artifact.record(data / "evaluate" / name)
@@ -101,10 +103,10 @@ def best(data: Path = DATA) -> Best | None:
     compared = evaluation["key"] in artifact.record(folder)["lineage"]
     if not compared or not model.is_dir() or artifact.identity(model) != measured["identity"]:
         return None
-    return Best(name, model, comparison["entries"][name], evaluation["inputs"]["holdout"]["identity"])
+    return Best(name, model, found.entries[name], evaluation["inputs"]["holdout"]["identity"])
 
 
-def register(experiment: Experiment, folder: Path, evaluation: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+def register(experiment: Experiment, folder: Path, evaluation: Evaluation, tags: Mapping[str, str]) -> str:
     """Make the model directory `folder` a version, and the champion if none is better; returns the version.
 
     One that already is a version is not copied again. `tags`: of a new version; those that are measured on the same held-out
@@ -124,12 +126,7 @@ def register(experiment: Experiment, folder: Path, evaluation: Mapping[str, Any]
         except MlflowException:  # it is there
             client.get_registered_model(MODEL)
         run = next(iter(experiment.search("winnow.key", key)), None)
-        metrics = {
-            f"{split}_{name}": float(value)
-            for split in ("val", "holdout")
-            for name, value in evaluation[split].items()
-            if isinstance(value, int | float)
-        }
+        metrics = {name: float(value) for name, value in evaluation.figures().items()}
         facts = {"winnow.key": key, "winnow.stage": record["stage"], "winnow.entry": record["entry"] or "", **tags}
         version = _new_version(experiment, folder, run.info.run_id if run else None, metrics, facts)
     if not _is_beaten(client.get_model_version(MODEL, version), client.get_registered_model(MODEL).aliases.get(CHAMPION), client):
@@ -152,16 +149,18 @@ def _new_version(
     import mlflow
     from mlflow.models import Model
 
+    from pipeline.models import checkpoint  # imports torch: seconds that only a new version takes
+
     mlflow.set_tracking_uri(experiment.uri)  # where the registry looks for a logged model, whatever client it was asked by
-    client, description = experiment.client, json.loads((artifact.verify(folder) / "model.json").read_text())
+    client, description = experiment.client, checkpoint.describe(folder)
     logged = client.create_logged_model(
-        experiment.experiment_id, name=MODEL, source_run_id=run_id, tags=dict(tags), params={"arch": description["arch"]}
+        experiment.experiment_id, name=MODEL, source_run_id=run_id, tags=dict(tags), params={"arch": description.arch}
     )
     with tempfile.TemporaryDirectory() as copy:
         for file in folder.iterdir():
             (Path(copy) / file.name).symlink_to(file.absolute())
-        how_to_load = {"weights": "model.safetensors", "description": "model.json"}
-        takes = signature(description["classes"], description["input"]["size"])
+        how_to_load = {"weights": checkpoint.WEIGHTS, "description": checkpoint.DESCRIPTION}
+        takes = signature(description.classes, description.input.size)
         model = Model(artifact_path=MODEL, signature=takes, flavors={"winnow": how_to_load}, model_id=logged.model_id)
         model.save(str(Path(copy) / "MLmodel"))
         client.log_model_artifacts(logged.model_id, copy)

@@ -65,7 +65,7 @@ def test_calibration_error_and_interval_follow_the_references() -> None:
     labels = torch.randint(0, 10, (500,), generator=random)
     measured = measure.measure(logits, labels, tuple("abcdefghij"))
     expected = multiclass_calibration_error(logits.softmax(1), labels, num_classes=10, n_bins=15)
-    assert measured["ece"] == pytest.approx(float(expected), abs=1e-5)
+    assert measured.ece == pytest.approx(float(expected), abs=1e-5)
     # Wilson's interval for 81 of 263, worked by hand from his formula (1927).
     assert statistics.wilson(81, 263) == pytest.approx((0.25529, 0.36620), abs=1e-5)
     assert statistics.wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)
