@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parent.parent
-FLOW = "import asyncio; from flows.run import winnow; asyncio.run(winnow(elsewhere=False))"
+FLOW = "import asyncio; from flows.winnow import winnow; asyncio.run(winnow(elsewhere=False))"
 
 
 def clone(folder: Path, steps: int | None) -> Path:
