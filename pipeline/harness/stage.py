@@ -92,9 +92,9 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         ranks.launch(machine.processes, f"pipeline.stages.{stage}", argv)
     first = ranks.is_first()
     artifact.discard.set(not first)
-    given = {name: Path(getattr(args, name)) for name in paths}
-    outs = {name: path for name, path in given.items() if is_out(name)}
-    inputs = {name: path for name, path in given.items() if not is_out(name)}
+    named = {name: Path(getattr(args, name)) for name in paths}
+    outs = {name: path for name, path in named.items() if is_out(name)}
+    inputs = {name: path for name, path in named.items() if not is_out(name)}
     injected: dict[str, Any] = {"machine": machine}
     if gathers is not None:
         injected["entries"] = tuple(parameters.read(file).get(gathers) or ())
@@ -115,7 +115,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         random.seed(0)
         start = time.monotonic()
         try:
-            metrics = dict(run(params, **given, **{k: v for k, v in injected.items() if k in hints}))
+            metrics = dict(run(params, **named, **{k: v for k, v in injected.items() if k in hints}))
             metrics_file = Path("data", stage, f"{args.entry}.json") if args.entry else Path("data", stage, "metrics.json")
             if first:
                 with artifact.writing_file(metrics_file) as tmp:

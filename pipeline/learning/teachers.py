@@ -44,8 +44,8 @@ class Online:
     """
 
     def __init__(self, folder: Path, classes: tuple[str, ...], on: Device, statistics: str = "eval") -> None:
-        model, description, self.given = network.load(folder, classes)
-        self.side, self.size, self.training = self.given.side, self.given.size, description.training
+        model, description, self.input_spec = network.load(folder, classes)
+        self.side, self.size, self.training = self.input_spec.side, self.input_spec.size, description.training
         self.model, self.on = on.place(_frozen(model, statistics)), on
         self.networks = [(self.model, self.size)]
 
@@ -60,7 +60,7 @@ class Online:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """(B, C) float32 on the device, without gradient; their softmax is what the student is taught."""
-        return prediction.forward(self.model, batch.views, self.given, self.on)
+        return prediction.forward(self.model, batch.views, self.input_spec, self.on)
 
 
 class Cached:

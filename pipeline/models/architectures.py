@@ -38,7 +38,7 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
         return Ensemble(classes, **options)
     if exits.OPTION in options:
         trunk = create(arch, classes, exits.plain(options), pretrained)
-        return exits.given(trunk, classes, options[exits.OPTION])
+        return exits.with_exits(trunk, classes, options[exits.OPTION])
     if head_layers := options.pop("head_layers", 0):
         return HeadedClassifier(create(arch, 0, options, pretrained), head_layers, classes)
     try:

@@ -108,14 +108,14 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str, sk
     Raises CheckpointError naming the parameters that are missing, left over, or of another shape.
     """
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(skip) or not skip}
-    given = {k: v for k, v in state.items() if not k.startswith(skip) or not skip}
+    kept = {k: v for k, v in state.items() if not k.startswith(skip) or not skip}
     optional = {k for k in wanted if k.endswith("num_batches_tracked")}
-    missing = sorted(wanted.keys() - given.keys() - optional)
-    extra = sorted(given.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - kept.keys() - optional)
+    extra = sorted(kept.keys() - wanted.keys())
     shapes = [
-        f"{k} is {tuple(given[k].shape)}, the model's {tuple(wanted[k].shape)}"
-        for k in sorted(wanted.keys() & given.keys())
-        if given[k].shape != wanted[k].shape
+        f"{k} is {tuple(kept[k].shape)}, the model's {tuple(wanted[k].shape)}"
+        for k in sorted(wanted.keys() & kept.keys())
+        if kept[k].shape != wanted[k].shape
     ]
     problems = [
         f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
@@ -127,4 +127,4 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str, sk
             f"{source} does not fit the model. Parameters {'; '.join(problems)}. "
             "Name the architecture and options it was trained with."
         )
-    model.load_state_dict(given, strict=False)
+    model.load_state_dict(kept, strict=False)

@@ -183,7 +183,7 @@ def bottleneck(channels: int, out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def given(trunk: nn.Module, classes: int, option: Any) -> nn.Module:
+def with_exits(trunk: nn.Module, classes: int, option: Any) -> nn.Module:
     """`trunk` with the exits that the option asks for. Raises ExitError."""
     if option == "all":
         return Exits(trunk, classes)

@@ -58,25 +58,25 @@ def confusion(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) -> pa
     return pa.table({**table, "images": counts[pairs].numpy()[order]})
 
 
-def corrupted(model: nn.Module, pixels: Pixels, labels: Tensor, given: Input, on: device.Device) -> dict[str, list[float]]:
+def corrupted(model: nn.Module, pixels: Pixels, labels: Tensor, input_spec: Input, on: device.Device) -> dict[str, list[float]]:
     """Top-1 accuracy for each corruption, at each of `corruptions.SEVERITIES`."""
     return {
         name: [
-            float((logits_of(model, corruptions.Corrupted(pixels, name, s), given, on).argmax(1) == labels).double().mean())
+            float((logits_of(model, corruptions.Corrupted(pixels, name, s), input_spec, on).argmax(1) == labels).double().mean())
             for s in corruptions.SEVERITIES
         ]
         for name in corruptions.CORRUPTIONS
     }
 
 
-def images_per_second(ways: Mapping[str, nn.Module], pixels: Pixels, given: Input, on: device.Device) -> dict[str, float]:
+def images_per_second(ways: Mapping[str, nn.Module], pixels: Pixels, input_spec: Input, on: device.Device) -> dict[str, float]:
     """How fast each network answers on decoded images, in batches of 256, batch normalisation unfolded; taken in turns.
 
     The images are the same for all, from all over the set, as those of an early exit take different times.
     """
     rows = np.linspace(0, len(pixels) - 1, min(len(pixels), TIMED)).astype(int)
     batches = [
-        inputs.centre(on.batch(pixels.gather(part)), given.size)
+        inputs.centre(on.batch(pixels.gather(part)), input_spec.size)
         for part in np.array_split(rows, -(-len(rows) // prediction.BATCH))
     ]
     best = dict.fromkeys(ways, math.inf)
@@ -86,7 +86,7 @@ def images_per_second(ways: Mapping[str, nn.Module], pixels: Pixels, given: Inpu
                 model.eval()
                 start = time.perf_counter()
                 for batch in batches:
-                    prediction.forward(model, batch, given, on).argmax(1).cpu()
+                    prediction.forward(model, batch, input_spec, on).argmax(1).cpu()
                 best[name] = min(best[name], time.perf_counter() - start)
     return {name: len(rows) / seconds for name, seconds in best.items()}
 
@@ -140,5 +140,5 @@ def _top1(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[st
     return {f"{split}_top1": float((s.argmax(1) == labels[split]).double().mean()) for split, s in logits.items()}
 
 
-def logits_of(model: nn.Module, pixels: Pixels, given: Input, on: device.Device) -> Tensor:
-    return torch.cat([batch for _, batch in prediction.logits(model, pixels, given, on)])
+def logits_of(model: nn.Module, pixels: Pixels, input_spec: Input, on: device.Device) -> Tensor:
+    return torch.cat([batch for _, batch in prediction.logits(model, pixels, input_spec, on)])

@@ -30,15 +30,15 @@ def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metr
     loaded = [network.load(folder, classes) for folder in (first, second)]
     members: list[dict[str, Any]] = []
     trained: list[nn.Module] = []
-    for model, found, given in loaded:
+    for model, found, input_spec in loaded:
         if isinstance(model, architectures.Ensemble):
             members += model.described
             trained += model.members
         else:
-            shape = given.model_dump(mode="json", include={"size", "mean", "std"})
+            shape = input_spec.model_dump(mode="json", include={"size", "mean", "std"})
             members.append({"arch": found.arch, "options": found.options, **shape})
             trained.append(model)
-    size, side = (max(getattr(given, name) for _, _, given in loaded) for name in ("size", "side"))
+    size, side = (max(getattr(input_spec, name) for _, _, input_spec in loaded) for name in ("size", "side"))
     options = {"members": members, "size": size}
     whole = architectures.create(architectures.ENSEMBLE, len(classes), options)
     assert isinstance(whole, architectures.Ensemble)

@@ -67,19 +67,19 @@ def run(
     classes = manifest.read(train).classes
     on = device.pick(machine)
     number = params.exit if isinstance(params.exit, int) else None
-    classifier, description, given = network.load(model, classes, number)
+    classifier, description, input_spec = network.load(model, classes, number)
     whole = network.load_exits(model, classes)
     if isinstance(params.exit, str) and whole is None:
         raise ExitError(f"`exit` is {params.exit}, but {model} has no exits: they come with `self_distil`.")
     if params.size is not None:
-        canvas = max(params.size, round(given.side * params.size / given.size))
-        given = given.model_copy(update={"size": params.size, "canvas": canvas})
+        canvas = max(params.size, round(input_spec.side * params.size / input_spec.size))
+        input_spec = input_spec.model_copy(update={"size": params.size, "canvas": canvas})
     tables = {name: manifest.read(folder) for name, folder in (("holdout", holdout), ("val", val))}
-    pixels = {name: inputs.load(t, given.side, machine, name) for name, t in tables.items()}
+    pixels = {name: inputs.load(t, input_spec.side, machine, name) for name, t in tables.items()}
     labels = {name: torch.from_numpy(t.labels()) for name, t in tables.items()}
     every = whole if params.exit in (None, "early") else None  # only these two look at what each exit says
-    costs = [architectures.macs(exits.Stacked(every, i + 1), given.size) for i in range(len(every))] if every else []
-    stacked = {name: logits_of(exits.Stacked(on.place(every)), p, given, on) for name, p in pixels.items()} if every else {}
+    costs = [architectures.macs(exits.Stacked(every, i + 1), input_spec.size) for i in range(len(every))] if every else []
+    stacked = {name: logits_of(exits.Stacked(on.place(every)), p, input_spec, on) for name, p in pixels.items()} if every else {}
     macs = None
     if whole and params.exit == "ensemble":
         classifier = exits.Ensemble(whole)
@@ -87,15 +87,15 @@ def run(
         threshold = cheapest(stacked["holdout"], labels["holdout"], costs)
         classifier, macs = exits.Early(whole, threshold), mean_cost(exits.leaving(stacked["val"], threshold), costs)
     on.place(classifier)
-    logits = {name: logits_of(classifier, p, given, on) for name, p in pixels.items()}
+    logits = {name: logits_of(classifier, p, input_spec, on) for name, p in pixels.items()}
     measured = {name: measure(logits[name], labels[name], classes) for name in tables}
     origin = artifact.record(model)
     evaluation = Evaluation(
         model=Model(
             arch=description.arch,
             parameters=architectures.parameters_of(classifier),
-            macs=architectures.macs(classifier, given.size) if macs is None else macs,
-            input=given.size,
+            macs=architectures.macs(classifier, input_spec.size) if macs is None else macs,
+            input=input_spec.size,
             exit=params.exit,
         ),
         training=TrainingFacts(
@@ -115,15 +115,15 @@ def run(
         ways = {str(i): network.load(model, classes, i)[0] for i in range(1, len(whole) + 1)} | {
             "ensemble": exits.Ensemble(whole)
         }
-        evaluation.exits = compare_exits(stacked, labels, ways, costs, given.size)
+        evaluation.exits = compare_exits(stacked, labels, ways, costs, input_spec.size)
         metrics["exits"] = {row.exit: row.val_top1 for row in evaluation.exits.rows}
         timed = {**ways, "early": exits.Early(whole, evaluation.exits.threshold)}
     if params.corruptions:
-        harmed = {name: corrupted(classifier, pixels[name], labels[name], given, on) for name in tables}
+        harmed = {name: corrupted(classifier, pixels[name], labels[name], input_spec, on) for name in tables}
         evaluation.corruptions = Corruptions(severities=list(corruptions.SEVERITIES), **harmed)
         metrics |= {f"{name}_corrupted_top1": float(np.mean(list(shares.values()))) for name, shares in harmed.items()}
     if params.timing:
-        speeds = images_per_second({name: on.place(m) for name, m in timed.items()}, pixels["val"], given, on)
+        speeds = images_per_second({name: on.place(m) for name, m in timed.items()}, pixels["val"], input_spec, on)
         journal.log(None, **{f"images_per_second_{name}": speed for name, speed in speeds.items()})
         evaluation.speed = Speed(
             device=str(on.device),

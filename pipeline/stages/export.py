@@ -44,11 +44,11 @@ class Classifier(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, model: nn.Module, given: inputs.Input) -> None:
+    def __init__(self, model: nn.Module, input_spec: inputs.Input) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", 255 * torch.tensor(given.mean).view(1, 3, 1, 1))
-        self.register_buffer("scale", 1 / (255 * torch.tensor(given.std).view(1, 3, 1, 1)))
+        self.register_buffer("mean", 255 * torch.tensor(input_spec.mean).view(1, 3, 1, 1))
+        self.register_buffer("scale", 1 / (255 * torch.tensor(input_spec.std).view(1, 3, 1, 1)))
 
     def forward(self, pixels: Tensor) -> Tensor:
         logits: Tensor = self.model((pixels - self.mean) * self.scale)
@@ -64,19 +64,19 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
     or the program loaded again, gives other logits than torch.
     """
     classes = checkpoint.describe(model).classes
-    classifier, description, given = network.load(model, classes, params.exit)
-    measured = _measured(evaluation, model, params.exit, given.size)
-    whole = Classifier(classifier, given).eval()
+    classifier, description, input_spec = network.load(model, classes, params.exit)
+    measured = _measured(evaluation, model, params.exit, input_spec.size)
+    whole = Classifier(classifier, input_spec).eval()
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, classifier, description, json.loads((model / checkpoint.HISTORY).read_text()))
-        known_to_timm = _timm_config(tmp, classifier, description, given)
-        gaps = {"onnx": _onnx(tmp / ONNX, whole, given.size), "program": _program(tmp / PROGRAM, whole, given.size)}
+        known_to_timm = _timm_config(tmp, classifier, description, input_spec)
+        gaps = {"onnx": _onnx(tmp / ONNX, whole, input_spec.size), "program": _program(tmp / PROGRAM, whole, input_spec.size)}
         facts = {
             "params": params,
             "description": description,
-            "given": given,
+            "input_spec": input_spec,
             "parameters": architectures.parameters_of(classifier),
-            "macs": architectures.macs(classifier, given.size),
+            "macs": architectures.macs(classifier, input_spec.size),
             "val": measured.val,
             "training": measured.training,
             "timm": known_to_timm,
@@ -102,7 +102,7 @@ def _measured(folder: Path, model: Path, exit: int | None, size: int) -> Evaluat
     return evaluation
 
 
-def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Description, given: inputs.Input) -> bool:
+def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Description, input_spec: inputs.Input) -> bool:
     """Write timm's config.json if timm can make this network by itself; whether it can."""
     import timm
 
@@ -114,10 +114,10 @@ def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Descrip
         {"label_names": list(description.classes)},
         model_args=dict(description.options),
         data_config={
-            "input_size": (3, given.size, given.size),
-            "mean": given.mean,
-            "std": given.std,
-            "crop_pct": given.size / given.side,
+            "input_size": (3, input_spec.size, input_spec.size),
+            "mean": input_spec.mean,
+            "std": input_spec.std,
+            "crop_pct": input_spec.size / input_spec.side,
             "interpolation": "bicubic",
         },
     )

@@ -74,25 +74,25 @@ class Scoring:
 
     def __call__(self, shard: shards.Rows) -> int:
         """Write the scores of a shard; returns the number of its images."""
-        model, pixels, given, on = self.opened()
+        model, pixels, input_spec, on = self.opened()
         rows = np.arange(shard.first, shard.last)
         with artifact.writing(shard.folder) as tmp:
-            pq.write_table(_scores(model, pixels, given, on, rows, self.stored), tmp / scores.FILE)
+            pq.write_table(_scores(model, pixels, input_spec, on, rows, self.stored), tmp / scores.FILE)
         return len(rows)
 
 
 @functools.lru_cache(maxsize=1)
 def _opened(scoring: Scoring) -> tuple[nn.Module, inputs.Pixels, inputs.Input, device.Device]:
     on = device.pick(scoring.machine)
-    model, _, given = network.load(scoring.teacher, scoring.classes)
-    pixels = inputs.OnDisk(manifest.read(scoring.pool), given.side, scoring.machine.cores(scoring.machine.workers))
-    return on.place(prediction.folded(model)), pixels, given, on
+    model, _, input_spec = network.load(scoring.teacher, scoring.classes)
+    pixels = inputs.OnDisk(manifest.read(scoring.pool), input_spec.side, scoring.machine.cores(scoring.machine.workers))
+    return on.place(prediction.folded(model)), pixels, input_spec, on
 
 
 def _scores(
-    model: nn.Module, pixels: inputs.Pixels, given: inputs.Input, on: device.Device, rows: np.ndarray, m: int
+    model: nn.Module, pixels: inputs.Pixels, input_spec: inputs.Input, on: device.Device, rows: np.ndarray, m: int
 ) -> pa.Table:
-    logits = torch.cat([batch for _, batch in prediction.logits(model, pixels, given, on, rows)])
+    logits = torch.cat([batch for _, batch in prediction.logits(model, pixels, input_spec, on, rows)])
     best, order = logits.sort(dim=1, descending=True, stable=True)  # stable: of equal logits the lower class first
     return scores.table(order[:, :m].numpy(), best[:, :m].numpy(), logits.logsumexp(1).numpy())
 

@@ -134,10 +134,10 @@ def to_learn(chosen: Path, train: Path, labelled: bool) -> ToLearn:
 
     An image of both, as where `train` was packed, is read from where `chosen` has it.
     """
-    given, known = read(chosen), read(train)
-    rest = known.take(np.flatnonzero(~_among(known, given)))
-    seen = concat([given, rest]) if labelled and len(rest) else given
-    return ToLearn(seen, known, len(given) - (len(known) - len(rest)))
+    images, known = read(chosen), read(train)
+    rest = known.take(np.flatnonzero(~_among(known, images)))
+    seen = concat([images, rest]) if labelled and len(rest) else images
+    return ToLearn(seen, known, len(images) - (len(known) - len(rest)))
 
 
 def _among(images: Manifest, others: Manifest) -> np.ndarray:
