@@ -70,8 +70,8 @@ class Listener:
             self.outcome = "Completed"
         elif line.startswith(f"Stage '{self.stage}' is cached"):
             self.outcome = "Restored"
-        elif found := _PROGRESS.match(line):
-            n, total = (int(found[group].replace(",", "")) for group in ("n", "total"))
+        elif progress := _PROGRESS.match(line):
+            n, total = (int(progress[group].replace(",", "")) for group in ("n", "total"))
             await self.show(100 * n / max(total, 1), line)
 
     async def show(self, percent: float, line: str) -> None:

@@ -74,12 +74,12 @@ async def run_elsewhere(stage: str, where: Where, deployment: str, limits: Mappi
             f"{run.name} on {deployment}: {state.message if state else 'lost'}", again=crashed
         )  # it tried again itself
     async with get_client() as client:
-        found = await client.read_artifacts(
+        artifacts = await client.read_artifacts(
             artifact_filter=ArtifactFilter(
                 flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]), key=ArtifactFilterKey(like_=f"%-{OUTCOME}-%")
             )
         )
-    facts = {row["what"]: row["content"] for row in json.loads(str(found[0].data))}
+    facts = {row["what"]: row["content"] for row in json.loads(str(artifacts[0].data))}
     if "dvc.lock" in facts:  # it worked in another clone
         entry = yaml.safe_load(facts.pop("dvc.lock"))
         what = facts.pop("outcome")

@@ -135,8 +135,8 @@ def _importable(run: Callable[..., Metrics]) -> Callable[..., Metrics]:
     spec = sys.modules["__main__"].__spec__
     if spec is None or run.__module__ != "__main__":
         return run
-    found: Callable[..., Metrics] = getattr(importlib.import_module(spec.name), run.__name__)
-    return found
+    importable: Callable[..., Metrics] = getattr(importlib.import_module(spec.name), run.__name__)
+    return importable
 
 
 def is_out(name: str) -> bool:

@@ -68,11 +68,11 @@ def against(baseline: str, entries: list[Entry]) -> list[Entry]:
 def with_agreement(entries: list[Entry]) -> list[Entry]:
     """The entries with the share of images on which they agree with their teacher, where one of them is the whole teacher."""
     teachers = {e.origin: e for e in reversed(entries) if e.evaluation.model.exit is None}
-    found = []
+    with_teachers = []
     for e in entries:
         teacher = teachers.get(e.evaluation.training.teacher or "")
-        found.append(replace(e, agreement=float((e.predicted == teacher.predicted).mean())) if teacher else e)
-    return found
+        with_teachers.append(replace(e, agreement=float((e.predicted == teacher.predicted).mean())) if teacher else e)
+    return with_teachers
 
 
 def best_of(entries: Sequence[Entry], baseline: str) -> Entry | None:

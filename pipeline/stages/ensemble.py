@@ -30,13 +30,13 @@ def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metr
     loaded = [network.load(folder, classes) for folder in (first, second)]
     members: list[dict[str, Any]] = []
     trained: list[nn.Module] = []
-    for model, found, input_spec in loaded:
+    for model, described, input_spec in loaded:
         if isinstance(model, architectures.Ensemble):
             members += model.described
             trained += model.members
         else:
             shape = input_spec.model_dump(mode="json", include={"size", "mean", "std"})
-            members.append({"arch": found.arch, "options": found.options, **shape})
+            members.append({"arch": described.arch, "options": described.options, **shape})
             trained.append(model)
     size, side = (max(getattr(input_spec, name) for _, _, input_spec in loaded) for name in ("size", "side"))
     options = {"members": members, "size": size}

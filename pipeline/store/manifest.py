@@ -62,8 +62,8 @@ class Manifest:
 
     def labels_of(self, images: "Manifest", otherwise: int) -> np.ndarray:
         """(M,) int64: of each of `images` the label that it has here, by its id, or `otherwise`."""
-        found = pc.index_in(images.table["id"], value_set=self.table["id"]).combine_chunks()
-        rows = found.fill_null(-1).to_numpy(zero_copy_only=False)
+        places = pc.index_in(images.table["id"], value_set=self.table["id"]).combine_chunks()
+        rows = places.fill_null(-1).to_numpy(zero_copy_only=False)
         return np.where(rows < 0, otherwise, self.labels()[rows])
 
     def take(self, rows: np.ndarray) -> "Manifest":

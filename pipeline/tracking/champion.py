@@ -38,15 +38,15 @@ DATA = Path("data")
 
 def records(stages: Sequence[str], data: Path = DATA) -> dict[str, dict[str, Any]]:
     """The records of the artifacts of `stages` (`distil.ssld`) and of all they were made from, by key."""
-    found: dict[str, dict[str, Any]] = {}
+    by_key: dict[str, dict[str, Any]] = {}
     for name in stages:
         stage, _, entry = name.partition(".")
         for folder in sorted((data / stage).glob(entry or "*")):
             record = artifact.record(folder)
             if record and record["stage"] == stage and (record["entry"] or "") == entry:
-                found |= record["lineage"]
-                found[record["key"]] = {k: v for k, v in record.items() if k != "lineage"}
-    return found
+                by_key |= record["lineage"]
+                by_key[record["key"]] = {k: v for k, v in record.items() if k != "lineage"}
+    return by_key
 
 
 def summarise(experiment: Experiment, stages: Sequence[str], tags: Mapping[str, str]) -> str:
@@ -93,17 +93,17 @@ def best(data: Path = DATA) -> Best | None:
     folder = data / COMPARISON / "results"
     if not folder.is_dir():
         return None
-    found = comparison.read(artifact.verify(folder))
-    name = found.best
+    compared = comparison.read(artifact.verify(folder))
+    name = compared.best
     if name is None:
         return None
     evaluation = artifact.record(data / "evaluate" / name)
     measured = evaluation["inputs"]["model"]
     model = Path(measured["path"])
-    compared = evaluation["key"] in artifact.record(folder)["lineage"]
-    if not compared or not model.is_dir() or artifact.identity(model) != measured["identity"]:
+    is_compared = evaluation["key"] in artifact.record(folder)["lineage"]
+    if not is_compared or not model.is_dir() or artifact.identity(model) != measured["identity"]:
         return None
-    return Best(name, model, found.entries[name], evaluation["inputs"]["holdout"]["identity"])
+    return Best(name, model, compared.entries[name], evaluation["inputs"]["holdout"]["identity"])
 
 
 def register(experiment: Experiment, folder: Path, evaluation: Evaluation, tags: Mapping[str, str]) -> str:
@@ -189,11 +189,11 @@ def signature(classes: Sequence[str], size: int) -> Any:
 def links(experiment: Experiment, run_id: str, version: str | None) -> dict[str, str]:
     """Where to look: pages of the server, or those that `mlflow ui` on the database would show."""
     server = experiment.uri if experiment.uri.startswith("http") else "http://127.0.0.1:5000"
-    found = {"run": f"{server}/#/experiments/{experiment.experiment_id}/runs/{run_id}"}
+    pages = {"run": f"{server}/#/experiments/{experiment.experiment_id}/runs/{run_id}"}
     if version is not None:
         is_champion = str(experiment.client.get_registered_model(MODEL).aliases.get(CHAMPION)) == version
-        found[CHAMPION if is_champion else "student"] = f"{server}/#/models/{MODEL}/versions/{version}"
-    return found
+        pages[CHAMPION if is_champion else "student"] = f"{server}/#/models/{MODEL}/versions/{version}"
+    return pages
 
 
 def main() -> None:
