@@ -105,7 +105,7 @@ class Stacked(nn.Module):
         return torch.stack(self.whole(x, self.last).logits, 1)
 
 
-class Ensemble(nn.Module):
+class ExitEnsemble(nn.Module):
     """All exits as one classifier: (B, 3, S, S) -> (B, classes) logarithms of the mean of their probabilities."""
 
     def __init__(self, whole: Exits) -> None:

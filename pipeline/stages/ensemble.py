@@ -31,7 +31,7 @@ def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metr
     members: list[dict[str, Any]] = []
     trained: list[nn.Module] = []
     for model, described, input_spec in loaded:
-        if isinstance(model, architectures.Ensemble):
+        if isinstance(model, architectures.EnsembleNetwork):
             members += model.described
             trained += model.members
         else:
@@ -41,7 +41,7 @@ def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metr
     size, side = (max(getattr(input_spec, name) for _, _, input_spec in loaded) for name in ("size", "side"))
     options = {"members": members, "size": size}
     whole = architectures.create(architectures.ENSEMBLE, len(classes), options)
-    assert isinstance(whole, architectures.Ensemble)
+    assert isinstance(whole, architectures.EnsembleNetwork)
     for member, model in zip(whole.members, trained, strict=True):
         member.load_state_dict(model.state_dict())
     seen = inputs.Input(size=size, canvas=side, mean=(0, 0, 0), std=(1, 1, 1))

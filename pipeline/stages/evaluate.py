@@ -82,7 +82,7 @@ def run(
     stacked = {name: logits_of(exits.Stacked(on.place(every)), p, input_spec, on) for name, p in pixels.items()} if every else {}
     macs = None
     if whole and params.exit == "ensemble":
-        classifier = exits.Ensemble(whole)
+        classifier = exits.ExitEnsemble(whole)
     elif whole and params.exit == "early":
         threshold = cheapest(stacked["holdout"], labels["holdout"], costs)
         classifier, macs = exits.Early(whole, threshold), mean_cost(exits.leaving(stacked["val"], threshold), costs)
@@ -113,7 +113,7 @@ def run(
     timed = {"whole": classifier}
     if whole and params.exit is None:
         ways = {str(i): network.load(model, classes, i)[0] for i in range(1, len(whole) + 1)} | {
-            "ensemble": exits.Ensemble(whole)
+            "ensemble": exits.ExitEnsemble(whole)
         }
         evaluation.exits = compare_exits(stacked, labels, ways, costs, input_spec.size)
         metrics["exits"] = {row.exit: row.val_top1 for row in evaluation.exits.rows}
