@@ -57,7 +57,7 @@ class Draw(Section):
     out_of_class: PositiveInt = 5_000
     leaks: NonNegativeInt = 63
     broken: NonNegativeInt = 18
-    shard: PositiveInt = 4_096
+    members: PositiveInt = 4_096
     """Most members of one tar of the pool."""
 
     @model_validator(mode="after")

@@ -46,10 +46,8 @@ class Pack(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
 
 
-def run(
-    params: Pack, *, chosen: Path, train: Path, out: Path, shards_out: Path, scratch: Path, machine: Machine
-) -> stage.Metrics:
-    """Write `out`, a manifest with the ids and labels of `chosen`, whose images lie in uncompressed tars in `shards_out`.
+def run(params: Pack, *, chosen: Path, train: Path, out: Path, tars_out: Path, scratch: Path, machine: Machine) -> stage.Metrics:
+    """Write `out`, a manifest with the ids and labels of `chosen`, whose images lie in uncompressed tars in `tars_out`.
 
     With those of `train` in it, a training on `out` reads all its images from there.
 
@@ -57,11 +55,11 @@ def run(
     cannot be read any more.
     """
     identities = (artifact.identity(chosen), artifact.identity(train))
-    packing = Packing(chosen, train, identities, shards_out, params, machine)
+    packing = Packing(chosen, train, identities, tars_out, params, machine)
     listed = packing.listed()
     folders = shards.finished(packing, len(listed), SHARD, scratch, machine.executor, "images", "packing")
     tables = [pq.read_table(artifact.verify(folder) / ROWS) for folder in folders]
-    with artifact.writing(shards_out) as to, artifact.writing(out) as tmp:
+    with artifact.writing(tars_out) as to, artifact.writing(out) as tmp:
         for folder in folders:
             (to / folder.name).mkdir()
             for tar in folder.glob("*.tar"):

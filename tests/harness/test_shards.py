@@ -141,7 +141,7 @@ def test_score_label_and_pack_give_the_same_bytes_on_a_cluster(
         score.run(scoring, pool=data / "pool", **labelled, out=made / "score", scratch=made / "s1", machine=machine)
         label.run(labelling, chosen=data / "pool", **labelled, out=made / "label", seed=0, scratch=made / "s2", machine=machine)
         monkeypatch.chdir(made)
-        outs = {"out": Path("pack"), "shards_out": Path("shards")}
+        outs = {"out": Path("pack"), "tars_out": Path("tars")}
         pack.run(packing, chosen=data / "pool", train=data / "train", **outs, scratch=made / "s3", machine=machine)
     for out in ("score", "label", "pack", "shards"):
         assert artifact.identity(tmp_path / "here" / out) == artifact.identity(tmp_path / "there" / out), out
