@@ -138,7 +138,7 @@ def stage(folder: Path, top: int, k: int, threads: int) -> np.ndarray:
     """`select`, the whole stage: checksums, manifest in, manifest out."""
     params = select.Select(scores="", rule="top", k=k, membership="any")
     machine, out = Machine(threads=threads), folder / "selected"
-    select.run(params, scores=folder / "scores", pool=folder / "pool", out=out, seed=0, scratch=folder, machine=machine)
+    select.run(params, scores=folder / "scores", pool=folder / "pool", out=out, seed=0, workdir=folder, machine=machine)
     return pq.read_table(out / manifest.FILE, columns=["size"])["size"].to_numpy()  # `draw` put the row there
 
 

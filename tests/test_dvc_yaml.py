@@ -35,7 +35,7 @@ def test_the_command_gives_run_its_paths_and_dvc_knows_each(stage: str) -> None:
     command = STAGES[stage]["cmd"]
     run = importlib.import_module(f"pipeline.stages.{stage}").run
     hints = get_type_hints(run)
-    wanted = {n for n in inspect.signature(run).parameters if hints[n] is Path and n != "scratch"}
+    wanted = {n for n in inspect.signature(run).parameters if hints[n] is Path and n != "workdir"}
     given = {name.replace("-", "_"): path.strip('"') for name, path in re.findall(r"--([a-z-]+) (\S+)", command)}
     assert set(given) == wanted
     assert re.match(rf"python -m pipeline\.stages\.{stage} ", command)

@@ -11,7 +11,7 @@ class Job(NamedTuple):
     """One run of such a stage: a `run` that asks for a `job` depends on the seed, and its unfinished work is kept."""
 
     seed: int
-    scratch: Path
+    workdir: Path
     """Where checkpoints wait for a killed run; one folder for each set of inputs."""
     journal: Journal
     machine: Machine

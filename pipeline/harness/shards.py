@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 
 def finished(
-    work: Callable[[Rows], int], count: int, size: int, scratch: Path, executor: str, unit: str, label: str, each: int = 1
+    work: Callable[[Rows], int], count: int, size: int, workdir: Path, executor: str, unit: str, label: str, each: int = 1
 ) -> list[Path]:
     """Do what is missing of `count` rows in shards of `size`; the artifacts of all shards, in order of the rows.
 
@@ -47,7 +47,7 @@ def finished(
     machine one process does them, which may have a GPU and threads of its own.
     """
     starts = range(0, count, size)
-    parts = [Rows(scratch / f"{first:012}", first, min(first + size, count)) for first in starts]
+    parts = [Rows(workdir / f"{first:012}", first, min(first + size, count)) for first in starts]
     missing = [part for part in parts if not part.folder.exists()]
     left = sum(part.last - part.first for part in missing)
     with progress.bar(count * each, unit, label, (count - left) * each) as shown:

@@ -3,7 +3,7 @@
     python -m pipeline.stages.<stage> [<entry>] --<input> PATH ... --out PATH
 
 A stage module is a pure function of typed params and paths. This module reads params.yaml and gives a `run` what it asks for: the
-seed, the machine, a scratch folder, a journal, or all four as its `job`. It stamps the artifacts with their origin, and writes
+seed, the machine, a working folder, a journal, or all four as its `job`. It stamps the artifacts with their origin, and writes
 the metrics file.
 """
 
@@ -39,7 +39,7 @@ from pipeline.store import params as parameters
 Metrics = Mapping[str, Any]
 """JSON values by name; deterministic for the same inputs (timings belong into the journal)."""
 
-SCRATCH = Path(".scratch")
+WORK = Path(".scratch")
 INERT = ("pipeline.harness", "pipeline.tracking", "pipeline.errors")
 """What cannot change a result: rooms and modules that no stage is stale for."""
 PARAMS_FILE = Path("params.yaml")
@@ -79,7 +79,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     stage = Path(inspect.getfile(run)).stem
     hints = get_type_hints(run)
     wanted = hints.keys() | (Job._fields if "job" in hints else ())
-    paths = [name for name in inspect.signature(run).parameters if hints.get(name) is Path and name != "scratch"]
+    paths = [name for name in inspect.signature(run).parameters if hints.get(name) is Path and name != "workdir"]
     args = _parse(stage, inspect.getdoc(run) or "", paths, argv)
     keys = (stage, args.entry) if args.entry else (stage,)
     file = Path(args.params)
@@ -104,12 +104,12 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     record["key"] = _key(record)
     name = ".".join(keys)
     with _only_one(name) if first else contextlib.nullcontext():
-        scratch = SCRATCH / name / record["key"][:16]
-        injected["scratch"] = scratch
-        if "scratch" in wanted:
-            scratch.mkdir(parents=True, exist_ok=True)
+        workdir = WORK / name / record["key"][:16]
+        injected["workdir"] = workdir
+        if "workdir" in wanted:
+            workdir.mkdir(parents=True, exist_ok=True)
         artifact.provenance.set(record)
-        journal = injected["journal"] = open_journal(record, SCRATCH / "journal", gathers is not None) if first else Journal()
+        journal = injected["journal"] = open_journal(record, WORK / "journal", gathers is not None) if first else Journal()
         if "job" in wanted:
             injected["job"] = Job(**{name: injected[name] for name in Job._fields})
         random.seed(0)
@@ -126,7 +126,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         journal.log(seconds=time.monotonic() - start)
         journal.finish("FINISHED", metrics, list(outs.values()))
         if first:
-            shutil.rmtree(SCRATCH / name, ignore_errors=True)
+            shutil.rmtree(WORK / name, ignore_errors=True)
             _say(name, metrics, time.monotonic() - start)
 
 
@@ -196,7 +196,7 @@ class _only_one:
         self.name = name
 
     def __enter__(self) -> None:
-        folder = SCRATCH / "locks"
+        folder = WORK / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / self.name).open("a")
         try:

@@ -30,7 +30,7 @@ def run(
     train_out: Path,
     leaks_out: Path,
     gallery_out: Path,
-    scratch: Path,
+    workdir: Path,
     machine: Machine,
 ) -> stage.Metrics:
     """Remove from the pool every image that is a copy of a validation image.
@@ -42,7 +42,7 @@ def run(
     """
     sets = {"pool": manifest.read(pool), "train": manifest.read(train), "val": manifest.read(val)}
     decisions = read_overrides(overrides, sets)
-    search = Search(sets, scratch, machine)
+    search = Search(sets, workdir, machine)
     collapse = params.duplicates == "collapse"
     if collapse:
         search.describe("pool")

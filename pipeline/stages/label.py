@@ -49,7 +49,7 @@ def run(
     chosen: Path,
     out: Path,
     seed: int,
-    scratch: Path,
+    workdir: Path,
     machine: Machine,
 ) -> stage.Metrics:
     """Write the teacher's labels of a few views of each image (`pipeline.learning.labels` has the format).
@@ -61,7 +61,7 @@ def run(
     identities = tuple(artifact.identity(path) for path in (chosen, train, teacher))
     labelling = Labelling(chosen, train, teacher, identities, params, seed, machine)
     expert, pixels, (seen, labelled, _) = labelling.opened()
-    folders = shards.finished(labelling, len(seen), SHARD, scratch, machine.executor, "views", "labelling", params.views)
+    folders = shards.finished(labelling, len(seen), SHARD, workdir, machine.executor, "views", "labelling", params.views)
     facts = labels.Facts(
         classes=labelled.classes,
         views=params.views,

@@ -46,7 +46,7 @@ class Pack(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
 
 
-def run(params: Pack, *, chosen: Path, train: Path, out: Path, tars_out: Path, scratch: Path, machine: Machine) -> stage.Metrics:
+def run(params: Pack, *, chosen: Path, train: Path, out: Path, tars_out: Path, workdir: Path, machine: Machine) -> stage.Metrics:
     """Write `out`, a manifest with the ids and labels of `chosen`, whose images lie in uncompressed tars in `tars_out`.
 
     With those of `train` in it, a training on `out` reads all its images from there.
@@ -57,7 +57,7 @@ def run(params: Pack, *, chosen: Path, train: Path, out: Path, tars_out: Path, s
     identities = (artifact.identity(chosen), artifact.identity(train))
     packing = Packing(chosen, train, identities, tars_out, params, machine)
     listed = packing.listed()
-    folders = shards.finished(packing, len(listed), SHARD, scratch, machine.executor, "images", "packing")
+    folders = shards.finished(packing, len(listed), SHARD, workdir, machine.executor, "images", "packing")
     tables = [pq.read_table(artifact.verify(folder) / ROWS) for folder in folders]
     with artifact.writing(tars_out) as to, artifact.writing(out) as tmp:
         for folder in folders:
@@ -138,7 +138,7 @@ def _shard(listed: Manifest, rows: np.ndarray, packed: Iterator[tuple[bytes, int
 
 
 def _link(source: Path, to: Path) -> None:
-    """Give a finished file its second name, or copy it where the scratch folder is on another disk."""
+    """Give a finished file its second name, or copy it where the working folder is on another disk."""
     try:
         os.link(source, to)
     except OSError:

@@ -28,7 +28,7 @@ class Score(Section):
     m: PositiveInt = 10
 
 
-def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, scratch: Path, machine: Machine) -> stage.Metrics:
+def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, workdir: Path, machine: Machine) -> stage.Metrics:
     """Write the scores of the pool's images, row for row its manifest (`pipeline.store.scores` has the format).
 
     Shards that a killed run has finished are not scored again. Raises CheckpointError if the teacher's classes are not the
@@ -41,7 +41,7 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, scr
         raise UserError(
             f"{pool} holds no image: there is nothing to score. Look into data/prepare/quarantine and data/dedup/leaks."
         )
-    folders = shards.finished(scoring, count, SHARD, scratch, machine.executor, "images", "scoring")
+    folders = shards.finished(scoring, count, SHARD, workdir, machine.executor, "images", "scoring")
     sure = 0.0
     with artifact.writing(out) as tmp, scores.writer(tmp, scoring.stored, classes, scoring.pool_identity) as writer:
         for folder in folders:

@@ -56,7 +56,7 @@ class Taken(NamedTuple):
     """float32, -log p >= 0; -1 where the class took the image unranked"""
 
 
-def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, scratch: Path, machine: Machine) -> stage.Metrics:
+def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workdir: Path, machine: Machine) -> stage.Metrics:
     """Keep the pool images that the teacher is surest of, the same number of each class.
 
     `scores`: an artifact of `score`, made from the manifest `pool`. `out`: a manifest of the selected images, without
@@ -73,7 +73,7 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, scrat
     if params.rule != "all":
         members = _members(params, scored)
         if params.several or members == 1:
-            taken, available = _top(scored, members, params.k, scratch / "duckdb", machine)
+            taken, available = _top(scored, members, params.k, workdir / "duckdb", machine)
         else:
             taken, available = _shared_out(scored, members, params.k)
         rows = np.unique(taken.images)

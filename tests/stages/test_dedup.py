@@ -65,7 +65,7 @@ class Bench:
             **self.inputs,
             **outs,
             overrides=self.overrides,
-            scratch=self.scratch,
+            workdir=self.scratch,
             machine=machine or Machine(workers=workers),
         )
 

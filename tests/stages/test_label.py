@@ -29,7 +29,7 @@ def expert(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def labelled(data: Path, expert: Path, out: Path, **params: Any) -> dict[str, Any]:
     section = label.Label.model_validate({"teacher": "-", "images": "-", "m": 3, "view": VIEW, **params})
     paths = {"train": data / "train", "teacher": expert, "chosen": data / "pool", "out": out}
-    return dict(label.run(section, **paths, seed=0, scratch=out.parent / f"{out.name}-scratch", machine=MACHINE))
+    return dict(label.run(section, **paths, seed=0, workdir=out.parent / f"{out.name}-scratch", machine=MACHINE))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ def packed(listed: Path, name: str = "out", **params: Any) -> tuple[manifest.Man
         "train": Path("prepare/train"),
         "out": Path(name),
         "tars_out": Path(f"{name}-tars"),
-        "scratch": Path(f"{name}-scratch"),
+        "workdir": Path(f"{name}-workdir"),
     }
     metrics = pack.run(section, **paths, machine=MACHINE)
     artifact.verify(paths["tars_out"])

@@ -70,7 +70,7 @@ class Pool:
                 pool=self.manifest,
                 out=out,
                 seed=seed,
-                scratch=out.parent / "scratch",
+                workdir=out.parent / "scratch",
                 machine=Machine(threads=threads, memory_gb=memory_gb),
             )
         )

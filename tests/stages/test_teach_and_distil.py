@@ -176,7 +176,7 @@ def scored(data: Path, teacher: Path, out: Path, m: int = 2) -> Path:
         train=data / "train",
         teacher=teacher,
         out=out,
-        scratch=out.parent / "scratch",
+        workdir=out.parent / "scratch",
         machine=MACHINE,
     )
     return out

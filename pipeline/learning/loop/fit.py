@@ -65,7 +65,7 @@ def fit(
     """Train `model` in place; returns it (or its moving average) with the history of losses and held-out checks.
 
     `views` makes of canvases what `loss` takes. `check` measures the model ten times in a run. `label` stands before the
-    progress. A killed run goes on from its last checkpoint in `job.scratch` and ends with the same bits as an undisturbed one;
+    progress. A killed run goes on from its last checkpoint in `job.workdir` and ends with the same bits as an undisturbed one;
     whatever must survive for that is a parameter or a buffer of `model`. In a group of processes each takes its part of every
     batch; all return the same model. Raises TrainingError when the loss is no longer finite, keeping the last good state.
     """
@@ -80,12 +80,12 @@ def fit(
     optimizer = build_optimizer(model, training)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True) if training.ema else None
     result = model if average is None else average.module
-    state = State(job.scratch / "checkpoint", model, optimizer, average)
+    state = State(job.workdir / "checkpoint", model, optimizer, average)
     done = state.resume()
     if not group.agreed(done.step, device.device):
         raise TrainingError(
             f"the processes would go on from different steps, this one from {done.step}: those on other machines do not see "
-            f"the checkpoint in {job.scratch}. Put that folder on a shared disk, copy it to each machine, or delete it on all."
+            f"the checkpoint in {job.workdir}. Put that folder on a shared disk, copy it to each machine, or delete it on all."
         )
     order = Order(len(pixels), training.batch, job.seed)
     if device.compile:
