@@ -1,7 +1,7 @@
 """What DVC knows: the stages, who needs whom, what is stale. The only module that speaks to DVC.
 
-It speaks to the command line, `dvc`, wherever that can say it; two things it cannot say (a changed parameter without a run, and
-a lock entry from another machine) are the functions at the end.
+It speaks to the command line, `dvc`, wherever that can say it. It cannot change a parameter without a run, nor take over a lock
+entry from another machine: the functions at the end do.
 """
 
 import json

@@ -31,8 +31,8 @@ async def stage(
     """Run one stage of dvc.yaml for a `winnow` that runs elsewhere.
 
     A worker that was started in the folder of that run (on one machine, or at the same path of a shared disk) works there. Any
-    other makes a worktree of its own clone at the same commit, pulls what the stage needs from the DVC remote, pushes what it
-    made, and hands back the entry of dvc.lock and the metrics.
+    other makes a worktree of its own clone at the same commit, and pulls what the stage needs from the DVC remote. It pushes what
+    it made, and hands back the entry of dvc.lock and the metrics.
     """
     here = Path.cwd()
     env = {"WINNOW_TAGS": json.dumps(tags or {}), "MLFLOW_TRACKING_URI": tracking.uri(here)}

@@ -1,8 +1,8 @@
 """Shards of a stage's work, done by processes of this machine, or by the workers of a Dask cluster on many.
 
 A shard is a small, picklable piece of work that writes its result to a file of its own, under its final name only when it is
-whole. So it does not matter where it was done, or how often; a worker that is lost costs the shards it had in hand, which
-others do again; and a stage that is killed goes on with those that are not there yet.
+whole. So it does not matter where it was done, or how often. A worker that is lost costs the shards it had in hand, which
+others do again. A stage that is killed goes on with those that are not there yet.
 
 The workers of a cluster see the same folder as the stage, at the same path, and start in it (docs/operations.md).
 """
@@ -24,7 +24,7 @@ from pipeline.harness import progress
 LOCAL, DASK = "local", "dask://"
 PATIENCE_SECONDS = 10.0
 LOSSES = 3
-"""So many workers may die in a row, without a shard done between them, before the shard itself must be to blame."""
+"""How many workers may die in a row, without a shard done between them, before the shard itself must be to blame."""
 
 S = TypeVar("S")
 R = TypeVar("R")

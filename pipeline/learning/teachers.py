@@ -92,7 +92,7 @@ class Cached:
         return self.side
 
     def viewer(self, size: int, view: views.View | None, seed: int, mix: views.Mix | None = None) -> views.Views:
-        """As `Online.viewer`; raises LabelsError for views that were not labelled."""
+        """The labelled views, in turns (see `Online.viewer`). Raises LabelsError for any others."""
         if view is not None and view != self.view:
             raise LabelsError(f"`view` is not the one that {self.folder} was made for: leave it out, or repeat that one.")
         if mix:

@@ -75,7 +75,7 @@ def start(
 
 
 def start_exits(network: Network | None, init: Path, classes: tuple[str, ...], seed: int) -> tuple[exits.Exits, Description]:
-    """The same with an exit after each stage; of a network that has none yet, the new ones start at random.
+    """What `start` returns, with an exit after each stage; where the network has none yet, the new ones start at random.
 
     The trunk starts with the weights that `start` gives the plain network for the same seed.
     """

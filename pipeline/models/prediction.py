@@ -20,8 +20,8 @@ def logits(
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Centre views of `rows` (default: all) through `model` in eval mode: (row numbers, (B, C) float32 logits on the CPU).
 
-    Batches are always full: the last one is padded with its first image and cut again, because logits change in their last
-    digits with the batch size, and a result must not depend on where a shard ends.
+    Batches are always full: the last one is padded with its first image and cut again. Logits change in their last digits with
+    the batch size, and a result must not depend on where a shard ends.
     """
     rows = np.arange(len(pixels)) if rows is None else rows
     was_training = model.training

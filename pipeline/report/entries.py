@@ -76,7 +76,7 @@ def with_agreement(entries: list[Entry]) -> list[Entry]:
 
 
 def best_of(entries: Sequence[Entry], baseline: str) -> Entry | None:
-    """Of the entries with the baseline's network, the best on held-out images, unless that is the baseline."""
+    """The best on held-out images, of the entries with the baseline's network, unless that is the baseline."""
     base = next(e for e in entries if e.name == baseline)
     peers = [e for e in entries if e.evaluation.model == base.evaluation.model]
     best = max(peers, key=lambda e: e.evaluation.holdout.top1)

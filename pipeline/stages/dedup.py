@@ -35,7 +35,7 @@ def run(
 ) -> stage.Metrics:
     """Remove from the pool every image that is a copy of a validation image.
 
-    `train_out`: the labelled images, without copies of validation images if `params.train` asks for it; where none goes it
+    `train_out`: the labelled images, without copies of validation images if `params.train` asks for it. Where none goes it
     is the artifact `train` byte for byte, so that nothing trained on it is stale when only the pool's findings change.
     `leaks_out`: `leaks.parquet`, one row per finding (docs/dedup.md). `gallery_out`: the findings as a page to look at.
     `overrides`: a CSV of id, action (keep or remove) and reason, by which a person has the last word.

@@ -147,7 +147,7 @@ def _onnx(file: Path, classifier: nn.Module, size: int) -> float:
 
 
 def _program(file: Path, classifier: nn.Module, size: int) -> float:
-    """The same for torch.export."""
+    """Write the program of torch.export, and return what `_onnx` returns."""
     shapes = ({0: torch.export.Dim("batch")},)
     torch.export.save(torch.export.export(classifier, (torch.zeros(2, 3, size, size),), dynamic_shapes=shapes), file)
     return _gap(classifier, size, torch.export.load(file).module(), file)

@@ -59,10 +59,10 @@ class Taken(NamedTuple):
 def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workdir: Path, machine: Machine) -> stage.Metrics:
     """Keep the pool images that the teacher is surest of, the same number of each class.
 
-    `scores`: an artifact of `score`, made from the manifest `pool`. `out`: a manifest of the selected images, without
-    labels, whose classes are the teacher's; selection.json beside it says for each class how many images it took, how
-    many were available, and the log p of the last. For the rules `random` and `all`, an image counts for its first
-    class, and there is no last log p.
+    `scores`: an artifact of `score`, made from the manifest `pool`. `out`: a manifest of the selected images, without labels,
+    whose classes are the teacher's. The file selection.json beside it says for each class how many images it took, how many
+    were available, and the log p of the last. For the rules `random` and `all`, an image counts for its first class, and there
+    is no last log p.
 
     The result does not depend on threads, memory or row groups. Raises UserError if the scores are of another pool.
     """
@@ -184,7 +184,7 @@ def _top(scored: Scores, members: int, k: int, temp: Path, machine: Machine) -> 
 def _shared_out(scored: Scores, members: int, k: int) -> tuple[Taken, np.ndarray]:
     """What `_top` returns, with each image taken at most once, in the order that `Select` states.
 
-    Found without sorting all pairs, as a stable matching (Gale and Shapley 1962): each image asks its first class; a
+    Found without sorting all pairs, as a stable matching (Gale and Shapley 1962). Each image asks its first class. A
     class keeps the best k that ever asked; whom it turns down asks the next class. Both sides rank by the same log p,
     so there is one stable matching, and it is that of the greedy order. Holds all pairs in memory, 6 bytes each.
     """

@@ -110,8 +110,8 @@ def run(
 def objective(exited: Exited, target: Target, alpha: float, lambda_: float, temperature: float) -> Tensor:
     """Sum over exits i of (1 - alpha) target(s_i) + alpha T^2 KL(q_C || q_i) + lambda ||F_i - F_C||^2.
 
-    q = softmax(s / T) of an exit's logits, F its features before the pool, C the deepest exit: it has neither of the last two
-    terms, its first has the weight 1, and no gradient reaches it through those of the others. Each term is the mean over the
+    q = softmax(s / T) of an exit's logits, F its features before the pool, C the deepest exit. That one has neither of the last
+    two terms, its first has the weight 1, and no gradient reaches it through those of the others. Each term is the mean over the
     batch of a sum over classes or over a whole feature map, in float32.
     """
     *shallow, deepest = exited.logits

@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 
 
 Amount = PositiveInt | Annotated[float, Field(gt=0, le=1)]
-"""So many images of each class, or a share of them: 50, 0.01."""
+"""A number of images of each class, or a share of them: 50, 0.01."""
 
 
 class ManifestError(UserError):
@@ -100,7 +100,7 @@ def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
 
 
 def _in_order_of_use(column: pa.ChunkedArray) -> pa.Array:
-    """The same dictionary column, its dictionary made of the values in use in the order of their first row."""
+    """A dictionary column with a dictionary of the values in use alone, in the order of their first row."""
     if not len(column):
         return pa.array([], column.type)
     column = column.unify_dictionaries()
@@ -146,7 +146,7 @@ def _among(images: Manifest, others: Manifest) -> np.ndarray:
 
 
 def balanced(images: Manifest, amount: Amount, seed: int) -> Manifest:
-    """So many images of each class, or that share of them and at least one.
+    """`amount` images of each class, or that share of them and at least one.
 
     Drawn by `seed`; a larger amount holds the images of a smaller one, and no class moves another's draw. Raises ManifestError
     for a class with fewer images.

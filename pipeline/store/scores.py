@@ -23,7 +23,7 @@ def names_of(kind: str, m: int) -> list[str]:
 
 
 def schema(m: int) -> pa.Schema:
-    """Of the scores with m classes of each image."""
+    """The columns of scores with m classes of each image."""
     classes, logits = dict.fromkeys(names_of("class", m), pa.uint16()), dict.fromkeys(names_of("logit", m), pa.float32())
     return pa.schema({**classes, **logits, LOGSUMEXP: pa.float32()})
 

@@ -2,12 +2,12 @@
 
     python -m pipeline.tracking.champion STAGE... `prepare distil.ssld ...`: the stages that were run or found up to date
 
-The comparison's own run is that of the pipeline where a comparison was made (`tracking.mirror`); where none was, because the run
-had other targets or because DVC had nothing to do, a run is made here, with the same children, params, metrics and tags. The tags
+The comparison's own run is that of the pipeline where a comparison was made (`tracking.mirror`). Where none was, because the run
+had other targets or because DVC had nothing to do, a run is made here, with such children, params, metrics and tags. The tags
 given by WINNOW_TAGS, the git commit and the hash of dvc.lock tie it to its flow run, its code and its data.
 
-The student that the comparison calls best (of the models with the baseline's network, the best on held-out images) becomes a
-version of the registered model `winnow`, with its weights as safetensors, its signature and its metrics. It takes the alias
+The student that the comparison calls best becomes a version of the registered model `winnow`, with its weights as safetensors,
+its signature and its metrics. (Best: on held-out images, of the models with the baseline's network.) It takes the alias
 `champion`, unless the version that has it did better on the same held-out images. Prints, as JSON, the links to the run and to
 the version.
 """
