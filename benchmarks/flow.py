@@ -25,9 +25,9 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parent.parent
-FLOW = "import asyncio; from flows.run import winnow; asyncio.run(winnow(elsewhere=False))"
+FLOW = "import asyncio; from flows.winnow import winnow; asyncio.run(winnow(elsewhere=False))"
 UNCHECKED = (
-    "from flows import run; run.check = lambda folder: __import__('asyncio').sleep(0); "  # for stages that are not winnow's
+    "from flows import winnow as w; w.check = lambda folder: __import__('asyncio').sleep(0); "  # for stages that are not winnow's
 )
 
 

@@ -36,7 +36,7 @@ def test_the_command_gives_run_its_paths_and_dvc_knows_each(stage: str) -> None:
     command = STAGES[stage]["cmd"]
     run = importlib.import_module(f"pipeline.stages.{stage}").run
     hints = get_type_hints(run)
-    wanted = {n for n in inspect.signature(run).parameters if hints[n] is Path and n != "scratch"}
+    wanted = {n for n in inspect.signature(run).parameters if hints[n] is Path and n != "workdir"}
     given = {name.replace("-", "_"): path.strip('"') for name, path in re.findall(r"--([a-z-]+) (\S+)", command)}
     assert set(given) == wanted
     assert re.match(rf"python -m pipeline\.stages\.{stage} ", command)
@@ -50,7 +50,8 @@ def test_params_are_the_stages_own_section_and_the_seed_where_it_is_read(stage: 
     hints = get_type_hints(run)
     own = f"{stage}.${{key}}" if "foreach" in DVC[stage] else stage
     shelves = [f"{params.SHELVES[name]}.${{item.{name}}}" for name in params.on_shelves(hints["params"])]
-    expected = [own, *shelves] + (["seed"] if "seed" in hints else []) + (["evaluate"] if "entries" in hints else [])
+    seeded = ["seed"] if {"seed", "job"} & hints.keys() else []
+    expected = [own, *shelves, *seeded] + (["evaluate"] if "entries" in hints else [])
     assert STAGES[stage]["params"] == expected
 
 

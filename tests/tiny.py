@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
 from pipeline.sources.folder import Folder
@@ -127,7 +128,7 @@ def prepared(root: Path, classes: Mapping[str, int], *, pool: int = 20, holdout:
 def taught(data: Path, out: Path, seed: int = 0, scratch: Path | None = None, init_path: Path = SCRATCH, **params: Any) -> Path:
     section = teach.Teach.model_validate({"init": "-", "model": SMALL, "training": TRAINING, **params})
     paths = {"train": data / "train", "holdout": data / "holdout", "init": init_path, "out": out}
-    teach.run(section, **paths, seed=seed, scratch=scratch or out.parent / "s", journal=Journal(), machine=MACHINE)
+    teach.run(section, **paths, job=Job(seed, scratch or out.parent / "s", Journal(), MACHINE))
     return out
 
 
@@ -145,10 +146,7 @@ def distilled(
             teacher=teacher,
             chosen=chosen or data / "pool",
             out=out,
-            seed=0,
-            scratch=out.parent / f"{out.name}-scratch",
-            journal=Journal(),
-            machine=MACHINE,
+            job=Job(0, out.parent / f"{out.name}-scratch", Journal(), MACHINE),
         )
     )
 
@@ -160,7 +158,7 @@ def scored(data: Path, teacher: Path, out: Path, m: int = 2) -> Path:
         train=data / "train",
         teacher=teacher,
         out=out,
-        scratch=out.parent / "scratch",
+        workdir=out.parent / "scratch",
         machine=MACHINE,
     )
     return out
@@ -180,10 +178,7 @@ def self_distilled(
             teacher=teacher,
             chosen=chosen or data / "train",
             out=out,
-            seed=0,
-            scratch=out.parent / f"{out.name}-scratch",
-            journal=Journal(),
-            machine=MACHINE,
+            job=Job(0, out.parent / f"{out.name}-scratch", Journal(), MACHINE),
         )
     )
 

@@ -84,9 +84,9 @@ class Draws:
 
     def of(self, part: slice) -> "Draws":
         """The draws to come of some of the images."""
-        found = copy.copy(self)
-        found.key = self.key[part]
-        return found
+        draws = copy.copy(self)
+        draws.key = self.key[part]
+        return draws
 
     def beta(self, alpha: float) -> torch.Tensor:
         """(B,) float32 from Beta(alpha, alpha) on the CPU: the next draw of each image."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
 
 from pipeline.harness import progress
+from pipeline.harness.machine import Machine
 from pipeline.store import manifest
 from pipeline.store.decode import ImageRefused, decode
 from pipeline.store.params import Section
@@ -72,12 +73,13 @@ class OnDisk:
         return torch.from_numpy(np.concatenate(list(done))).permute(0, 3, 1, 2)
 
 
-def load(images: manifest.Manifest, side: int, workers: int, memory_gb: float, label: str) -> Pixels:
-    """The images as square canvases of `side` pixels: in memory if they need at most `memory_gb`, else decoded on demand.
+def load(images: manifest.Manifest, side: int, machine: Machine, label: str) -> Pixels:
+    """The images as square canvases of `side` pixels: in memory if `machine` lets them, else decoded on demand.
 
-    Raises ManifestError or ImageRefused, naming the image, if one cannot be read any more.
+    `label` stands before the progress. Raises ManifestError or ImageRefused, naming the image, if one cannot be read any more.
     """
-    if len(images) * side * side * 3 > memory_gb * 1e9:
+    workers = machine.cores(machine.workers)
+    if len(images) * side * side * 3 > machine.memory_gb * 1e9:
         return OnDisk(images, side, workers)
     decoded = np.empty((len(images), side, side, 3), np.uint8)
     chunks = np.array_split(np.arange(len(images)), max(1, len(images) // 256))

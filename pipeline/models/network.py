@@ -58,10 +58,10 @@ def start(
         if described.projection is not None:
             return _on_projection(described, init, classes, from_layer)
         _refuse_layer(from_layer, init)
-        found, state = _up_to(exit, described, checkpoint.weights(init), init)
-        model = architectures.create(found.arch, len(classes), found.options)
-        _take_over(model, state, str(init), _same(found, classes), classes)
-        return model, replace(found, classes=classes)
+        description, state = _up_to(exit, described, checkpoint.weights(init), init)
+        model = architectures.create(description.arch, len(classes), description.options)
+        _take_over(model, state, str(init), _same(description, classes), classes)
+        return model, replace(description, classes=classes)
     _refuse_layer(from_layer, init)
     if network is None:
         raise CheckpointError(f"`model` is required where `init` is not a model directory but {init}.")
@@ -75,26 +75,26 @@ def start(
         _take_over(
             model, foreign, str(init) if init.name != SCRATCH else str(network.pretrained), _order(network, classes), classes
         )
-    return model, Description(network.arch, classes, network.input.model_dump(mode="json"), dict(network.options))
+    return model, Description(network.arch, classes, network.input, dict(network.options))
 
 
 def start_exits(network: Network | None, init: Path, classes: tuple[str, ...], seed: int) -> tuple[exits.Exits, Description]:
-    """The same with an exit after each stage; of a network that has none yet, the new ones start at random.
+    """What `start` returns, with an exit after each stage; where the network has none yet, the new ones start at random.
 
     The trunk starts with the weights that `start` gives the plain network for the same seed.
     """
-    trunk, found = start(network, init, classes, seed)
-    if exits.OPTION in found.options:
+    trunk, description = start(network, init, classes, seed)
+    if exits.OPTION in description.options:
         raise CheckpointError(
-            f"`{exits.OPTION}: {found.options[exits.OPTION]}` is one exit of a network: self-distillation starts from a network "
-            "without exits, or from one with all of them."
+            f"`{exits.OPTION}: {description.options[exits.OPTION]}` is one exit of a network: self-distillation starts from "
+            "a network without exits, or from one with all of them."
         )
     model = exits.Exits(trunk, len(classes))
     if init.is_dir():
         before = checkpoint.describe(init)
         if exits.are_all(before.options):
             _take_over(model, checkpoint.weights(init), str(init), _same(before, classes), classes)
-    return model, replace(found, options={**found.options, exits.OPTION: "all"})
+    return model, replace(description, options={**description.options, exits.OPTION: "all"})
 
 
 def load(folder: Path, classes: tuple[str, ...], exit: int | None = None) -> tuple[nn.Module, Description, inputs.Input]:
@@ -102,18 +102,18 @@ def load(folder: Path, classes: tuple[str, ...], exit: int | None = None) -> tup
 
     Raises CheckpointError if it does not tell `classes` apart, in that order; ExitError if it has no such exit.
     """
-    found, state = _up_to(exit, _of(folder, classes), checkpoint.weights(folder), folder)
-    model = architectures.create(found.arch, len(classes), found.options)
+    description, state = _up_to(exit, _of(folder, classes), checkpoint.weights(folder), folder)
+    model = architectures.create(description.arch, len(classes), description.options)
     checkpoint.fill(model, state, str(folder))
-    return model, found, inputs.Input.model_validate(found.input)
+    return model, description, description.input
 
 
 def load_exits(folder: Path, classes: tuple[str, ...]) -> exits.Exits | None:
     """The trained network of a model directory with all its exits; None if it has no exits."""
-    found = _of(folder, classes)
-    if not exits.are_all(found.options):
+    description = _of(folder, classes)
+    if not exits.are_all(description.options):
         return None
-    model = architectures.create(found.arch, len(classes), found.options)
+    model = architectures.create(description.arch, len(classes), description.options)
     assert isinstance(model, exits.Exits)
     checkpoint.fill(model, checkpoint.weights(folder), str(folder))
     return model
@@ -121,47 +121,49 @@ def load_exits(folder: Path, classes: tuple[str, ...]) -> exits.Exits | None:
 
 def _of(folder: Path, classes: tuple[str, ...]) -> Description:
     """The description of a model that tells `classes` apart."""
-    found = checkpoint.describe(folder)
-    if found.projection is not None:
+    description = checkpoint.describe(folder)
+    if description.projection is not None:
         raise CheckpointError(
             f"{folder} was pre-trained without labels: it has a projection head but no classifier. Fine-tune it first, by a "
             "`teach` entry with this `init` and `from_layer`, and name that entry."
         )
-    if found.classes != classes:
+    if description.classes != classes:
         raise CheckpointError(
-            f"{folder} knows the classes {_some(found.classes)}, the images the classes {_some(classes)}. "
+            f"{folder} knows the classes {_some(description.classes)}, the images the classes {_some(classes)}. "
             "A teacher and its student, a model and its validation images must have the same."
         )
-    return found
+    return description
 
 
-def _up_to(exit: int | None, found: Description, state: dict[str, Tensor], folder: Path) -> tuple[Description, dict[str, Tensor]]:
+def _up_to(
+    exit: int | None, description: Description, state: dict[str, Tensor], folder: Path
+) -> tuple[Description, dict[str, Tensor]]:
     """The description and the parameters of the ordinary classifier that ends at `exit`."""
-    if not exits.are_all(found.options):
+    if not exits.are_all(description.options):
         if exit is not None:
             raise exits.ExitError(f"`exit` is {exit}, but {folder} has no exits: they come with `self_distil`.")
-        return found, state
+        return description, state
     last = exits.count(state)
     if exit is None or exit == last:
-        return replace(found, options=exits.plain(found.options)), exits.deepest(state)
+        return replace(description, options=exits.plain(description.options)), exits.deepest(state)
     if not 1 <= exit < last:
         raise exits.ExitError(f"`exit` is {exit}, but {folder} has the exits 1 to {last}.")
-    found = replace(found, options={**found.options, exits.OPTION: exit})
-    wanted = architectures.create(found.arch, len(found.classes), found.options).state_dict()
-    return found, {name: tensor for name, tensor in state.items() if name in wanted}
+    description = replace(description, options={**description.options, exits.OPTION: exit})
+    wanted = architectures.create(description.arch, len(description.classes), description.options).state_dict()
+    return description, {name: tensor for name, tensor in state.items() if name in wanted}
 
 
-def _same(found: Description, classes: tuple[str, ...]) -> tuple[str, ...] | None:
+def _same(description: Description, classes: tuple[str, ...]) -> tuple[str, ...] | None:
     """The class names of a model's classifier in its order, if they are `classes`; None where it is left behind."""
-    return found.classes if set(found.classes) == set(classes) else None
+    return description.classes if set(description.classes) == set(classes) else None
 
 
 def _on_projection(
-    found: Description, init: Path, classes: tuple[str, ...], from_layer: int | None
+    description: Description, init: Path, classes: tuple[str, ...], from_layer: int | None
 ) -> tuple[nn.Module, Description]:
     """A zero classifier after layer `from_layer` of the projection head that `init` was pre-trained with."""
-    assert found.projection is not None
-    layers = found.projection["layers"]
+    assert description.projection is not None
+    layers = description.projection["layers"]
     if from_layer is None or not 0 <= from_layer < layers:
         raise CheckpointError(
             f"{init} has a projection head of {layers} layers, and `from_layer` is {from_layer}: it must say after which of its "
@@ -169,16 +171,16 @@ def _on_projection(
         )
     state = checkpoint.weights(init)
     if from_layer:
-        options = {**found.options, "head_layers": from_layer}
+        options = {**description.options, "head_layers": from_layer}
         unused = tuple(f"head.{i}." for i in range(from_layer, layers))
         state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
     else:
-        options = dict(found.options)
+        options = dict(description.options)
         state = {n.removeprefix("encoder."): tensor for n, tensor in state.items() if n.startswith("encoder.")}
-    model = architectures.create(found.arch, len(classes), options)
+    model = architectures.create(description.arch, len(classes), options)
     checkpoint.fill(model, state, str(init), skip=architectures.heads(model))
     architectures.zero_classifier(model)
-    return model, Description(found.arch, classes, found.input, options, found.training)
+    return model, Description(description.arch, classes, description.input, options, description.training)
 
 
 def _expect_network(wanted: Network, found: Description, init: Path) -> None:

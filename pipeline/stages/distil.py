@@ -9,12 +9,12 @@ from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from pipeline.harness import stage
-from pipeline.harness.machine import Machine
 from pipeline.learning import losses, views
 from pipeline.learning.loop import fit, optimisers
+from pipeline.learning.loop.trained import Counts
 from pipeline.learning.teachers import read
 from pipeline.learning.views import Mix, View
-from pipeline.models import architectures, checkpoint, device, inputs, network, prediction
+from pipeline.models import device, inputs, network, prediction
 from pipeline.store import artifact, manifest
 from pipeline.store.params import Made, Section
 
@@ -74,10 +74,7 @@ def run(
     teacher: Path,
     chosen: Path,
     out: Path,
-    seed: int,
-    scratch: Path,
-    journal: stage.Journal,
-    machine: Machine,
+    job: stage.Job,
 ) -> stage.Metrics:
     """Minimise a divergence between the teacher's and the student's class probabilities on the same view of each image.
 
@@ -86,55 +83,32 @@ def run(
     """
     seen, labelled, unlabelled = manifest.to_learn(chosen, train, params.labelled)
     held_out = manifest.read(holdout)
-    on = device.pick(machine)
-    student, description = network.start(params.model, init, labelled.classes, seed, from_layer=params.from_layer)
-    student = on.place(student)
-    given = inputs.Input.model_validate(description.input)
+    on = device.pick(job.machine)
+    student, description = network.start(params.model, init, labelled.classes, job.seed, from_layer=params.from_layer)
+    input_spec = description.input
     taught_by = read(teacher, labelled.classes, seen, on, params.teacher_bn)
-    cores = machine.cores(machine.workers)
     known = taught_by.training.get("labelled", 0)
     if params.alpha < 1:
-        part = labelled if params.labels is None else manifest.balanced(labelled, params.labels, seed)
+        part = labelled if params.labels is None else manifest.balanced(labelled, params.labels, job.seed)
         hard = torch.from_numpy(part.labels_of(seen, UNKNOWN))
         known = max(known, len(part) if params.labels is not None else len(labelled) + len(held_out))
 
     def divergence(model: nn.Module, batch: views.Batch) -> Tensor:
         t = taught_by.logits(batch)  # B, C
-        s = model(inputs.normalise(batch.views, given))
+        s = model(inputs.normalise(batch.views, input_spec))
         value = params.loss(s, t)
         if params.alpha < 1:
             value = params.alpha * value + (1 - params.alpha) * cross_entropy(s, hard[batch.rows].to(on.device))
         return value
 
-    model, history = fit.fit(
-        student,
-        divergence,
-        inputs.load(seen, taught_by.canvas(given.side), cores, machine.memory_gb, "images"),
-        taught_by.viewer(max(given.size, taught_by.size), params.view, seed, params.mix),
-        params.training,
-        seed=seed,
-        device=on,
-        scratch=scratch,
-        journal=journal,
-        label="distilling",
-        check=prediction.checker(
-            inputs.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on
-        ),
-        checkpoint_minutes=machine.checkpoint_minutes,
-    )
-    origin = taught_by.training
-    described = description.trained(
-        params.training.steps,
-        params.training.batch,
-        known,
-        unlabelled,
-        origin.get("note"),
-        macs=architectures.macs_of_training(model, given.size, *taught_by.networks),
-    )
+    pixels = inputs.load(seen, taught_by.canvas(input_spec.side), job.machine, "images")
+    viewer = taught_by.viewer(max(input_spec.size, taught_by.size), params.view, job.seed, params.mix)
+    check = prediction.checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
+    trained = fit.fit(student, divergence, pixels, viewer, params.training, check, job=job, device=on, label="distilling")
+    counts = Counts(len(seen), known, unlabelled)
+    note = taught_by.training.get("note")
     with artifact.writing(out) as tmp:
-        checkpoint.save(tmp, model, described, history)
-    facts = {"steps": params.training.steps, "images": len(seen), "parameters": architectures.parameters_of(model)}
-    return facts | fit.final(history)
+        return trained.save(tmp, description, counts, note, frozen=taught_by.networks)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """Keep what a teacher says about a few views of each image, so that students train without it (as TinyViT, Wu et al. 2022)."""
 
 import functools
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import PositiveInt
@@ -16,7 +14,8 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.harness import shards, stage
 from pipeline.harness.machine import Machine
-from pipeline.learning.teachers import FILE, Cached, Online, columns
+from pipeline.learning import labels
+from pipeline.learning.teachers import Cached, Online
 from pipeline.learning.views import Batch, View
 from pipeline.models import device, inputs, prediction
 from pipeline.store import artifact, manifest
@@ -52,10 +51,10 @@ def run(
     chosen: Path,
     out: Path,
     seed: int,
-    scratch: Path,
+    workdir: Path,
     machine: Machine,
 ) -> stage.Metrics:
-    """Write `labels.parquet`, a row per image: `id`; `classes` uint16 and `log_p` float16, views x m, best first in each view.
+    """Write the teacher's labels of a few views of each image (`pipeline.learning.labels` has the format).
 
     A `distil` entry whose `teacher` is this artifact replays exactly these views. Shards that a killed run has finished are not
     labelled again. Raises CheckpointError; UserError, and labels all anew the next time, if the check finds another probability
@@ -64,21 +63,18 @@ def run(
     identities = tuple(artifact.identity(path) for path in (chosen, train, teacher))
     labelling = Labelling(chosen, train, teacher, identities, params, seed, machine)
     expert, pixels, (seen, labelled, _) = labelling.opened()
-    folders = shards.finished(labelling, len(seen), SHARD, scratch, machine.executor, "views", "labelling", params.views)
-    facts = {
-        "classes": labelled.classes,
-        "views": params.views,
-        "view": params.view.model_dump(mode="json"),
-        "seed": seed,
-        "side": expert.side,
-        "size": expert.size,
-        "training": expert.training,
-    }
+    folders = shards.finished(labelling, len(seen), SHARD, workdir, machine.executor, "views", "labelling", params.views)
+    facts = labels.Facts(
+        classes=labelled.classes,
+        views=params.views,
+        view=params.view,
+        seed=seed,
+        side=expert.side,
+        size=expert.size,
+        training=expert.training,
+    )
     with artifact.writing(out) as tmp:
-        schema = pq.read_schema(folders[0] / FILE).with_metadata({"facts": json.dumps(facts)})
-        with pq.ParquetWriter(tmp / FILE, schema, compression="zstd") as writer:
-            for folder in folders:
-                writer.write_table(pq.read_table(artifact.verify(folder) / FILE).replace_schema_metadata(schema.metadata))
+        labels.write(tmp, [artifact.verify(folder) for folder in folders], facts)
         gap = _gap(expert, Cached(tmp, labelled.classes, seen, expert.on, "eval"), pixels, params, seed)
         if gap > TOLERANCE:
             for folder in folders:
@@ -110,9 +106,10 @@ class Labelling:
         """Write the labels of a shard; returns the number of its images."""
         expert, pixels, (seen, labelled, _) = self.opened()
         rows = np.arange(shard.first, shard.last)
-        found = columns(_logits(expert, pixels, rows, self.params, self.seed), min(self.params.m, len(labelled.classes)))
+        ids, m = seen.table["id"].slice(shard.first, len(rows)), min(self.params.m, len(labelled.classes))
+        table = labels.table(ids, _logits(expert, pixels, rows, self.params, self.seed), m)
         with artifact.writing(shard.folder) as tmp:
-            pq.write_table(pa.table({"id": seen.table["id"].slice(shard.first, len(rows)), **found}), tmp / FILE)
+            pq.write_table(table, tmp / labels.FILE)
         return len(rows)
 
 
@@ -126,7 +123,7 @@ def _opened(labelling: Labelling) -> tuple[Online, inputs.Pixels, manifest.ToLea
 def _logits(expert: Online, pixels: inputs.Pixels, rows: np.ndarray, params: Label, seed: int) -> list[Tensor]:
     """The (N, C) logits of each view of `rows`, in batches of one size."""
     views = expert.viewer(expert.size, params.view, seed)
-    found: list[list[Tensor]] = [[] for _ in range(params.views)]
+    by_view: list[list[Tensor]] = [[] for _ in range(params.views)]
     parts = [rows[start : start + prediction.BATCH] for start in range(0, len(rows), prediction.BATCH)]
     full = [np.concatenate([part, np.full(prediction.BATCH - len(part), part[0])]) for part in parts]
     for part, whole, raw in zip(parts, full, inputs.ahead(lambda i: pixels.gather(full[i]), range(len(full))), strict=True):
@@ -134,8 +131,8 @@ def _logits(expert: Online, pixels: inputs.Pixels, rows: np.ndarray, params: Lab
         for number in range(params.views):
             passes = np.full(len(whole), number)
             seen = Batch(views(canvases, whole, passes), whole, passes)
-            found[number].append(expert.logits(seen)[: len(part)].cpu())
-    return [torch.cat(batches) for batches in found]
+            by_view[number].append(expert.logits(seen)[: len(part)].cpu())
+    return [torch.cat(batches) for batches in by_view]
 
 
 def _gap(expert: Online, cached: Cached, pixels: inputs.Pixels, params: Label, seed: int) -> float:

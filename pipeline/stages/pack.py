@@ -42,10 +42,8 @@ class Pack(Section):
     """The short side, in pixels, to which larger images are reduced; an image that is no larger keeps its file."""
 
 
-def run(
-    params: Pack, *, chosen: Path, train: Path, out: Path, shards_out: Path, scratch: Path, machine: Machine
-) -> stage.Metrics:
-    """Write `out`, a manifest with the ids and labels of `chosen`, whose images lie in uncompressed tars in `shards_out`.
+def run(params: Pack, *, chosen: Path, train: Path, out: Path, tars_out: Path, workdir: Path, machine: Machine) -> stage.Metrics:
+    """Write `out`, a manifest with the ids and labels of `chosen`, whose images lie in uncompressed tars in `tars_out`.
 
     With those of `train` in it, a training on `out` reads all its images from there.
 
@@ -53,11 +51,11 @@ def run(
     cannot be read any more.
     """
     identities = (artifact.identity(chosen), artifact.identity(train))
-    packing = Packing(chosen, train, identities, shards_out, params, machine)
+    packing = Packing(chosen, train, identities, tars_out, params, machine)
     listed = packing.listed()
-    folders = shards.finished(packing, len(listed), SHARD, scratch, machine.executor, "images", "packing")
+    folders = shards.finished(packing, len(listed), SHARD, workdir, machine.executor, "images", "packing")
     tables = [pq.read_table(artifact.verify(folder) / ROWS) for folder in folders]
-    with artifact.writing(shards_out) as to, artifact.writing(out) as tmp:
+    with artifact.writing(tars_out) as to, artifact.writing(out) as tmp:
         for folder in folders:
             (to / folder.name).mkdir()
             for tar in folder.glob("*.tar"):
@@ -136,7 +134,7 @@ def _shard(listed: Manifest, rows: np.ndarray, packed: Iterator[tuple[bytes, int
 
 
 def _link(source: Path, to: Path) -> None:
-    """Give a finished file its second name, or copy it where the scratch folder is on another disk."""
+    """Give a finished file its second name, or copy it where the working folder is on another disk."""
     try:
         os.link(source, to)
     except OSError:

@@ -1,7 +1,7 @@
 """Index the images of every source, refuse what cannot be used, and split the labelled ones.
 
 A source is first listed (cheap: names, offsets and sizes), so that a missing path or a class without images stops the
-stage before the long part; then every image is read once, checked and measured. Images inside tables are unpacked into
+stage before the long part. Then every image is read once, checked and measured. Images inside tables are unpacked into
 uncompressed tars on the way, so that everything behind this stage sees files and tar members only.
 """
 

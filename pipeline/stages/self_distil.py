@@ -11,12 +11,11 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from pipeline.harness import stage
-from pipeline.harness.machine import Machine
-from pipeline.learning import losses
+from pipeline.learning import losses, views
 from pipeline.learning.loop import fit, optimisers
+from pipeline.learning.loop.trained import Counts
 from pipeline.learning.teachers import read
-from pipeline.learning.views import Batch, View, viewer
-from pipeline.models import architectures, checkpoint, device, exits, inputs, network, prediction
+from pipeline.models import device, exits, inputs, network, prediction
 from pipeline.models.exits import Exited
 from pipeline.store import artifact, manifest
 from pipeline.store.params import Made, Section
@@ -51,7 +50,7 @@ class SelfDistil(Section):
     """With a teacher: add the labelled images, their labels unread, to `images`."""
     loss: losses.SoftLoss = losses.SoftLoss()
     """With a teacher: how far an exit is from it."""
-    view: View | None = None
+    view: views.View | None = None
     """How views are cut, by a name in `views`; with cached labels, as these were made."""
     training: optimisers.Steps
     """How long and how fast, by a name in `trainings`."""
@@ -70,10 +69,7 @@ def run(
     teacher: Path,
     chosen: Path,
     out: Path,
-    seed: int,
-    scratch: Path,
-    journal: stage.Journal,
-    machine: Machine,
+    job: stage.Job,
 ) -> stage.Metrics:
     """Minimise, over exits i = 1..C, the sum of `objective`, and write the network with all its exits.
 
@@ -83,72 +79,49 @@ def run(
     from_labels = teacher.name == LABELS and teacher.is_file()  # a folder is an entry of that name
     seen, labelled, unlabelled = manifest.to_learn(chosen, train, params.labelled and not from_labels)
     held_out = manifest.read(holdout)
-    on = device.pick(machine)
-    student, description = network.start_exits(params.model, init, labelled.classes, seed)
-    on.place(student)
-    given = inputs.Input.model_validate(description.input)
-    cores = machine.cores(machine.workers)
-    side, size, views = given.side, given.size, viewer(given.size, params.view or View(), seed)
-    frozen: list[tuple[nn.Module, int]] = []
+    on = device.pick(job.machine)
+    student, description = network.start_exits(params.model, init, labelled.classes, job.seed)
+    input_spec = description.input
+    side, size, frozen = input_spec.side, input_spec.size, list[tuple[nn.Module, int]]()
     if from_labels:
-        labels = torch.from_numpy(seen.labels())
-        smoothing = params.training.smoothing
+        labels, smoothing = torch.from_numpy(seen.labels()), params.training.smoothing
         origin: dict[str, Any] = {"labelled": len(labelled) + len(held_out)}
+        viewer = views.viewer(size, params.view or views.View(), job.seed)
 
-        def target(batch: Batch) -> Target:
+        def target(batch: views.Batch) -> Target:
             y = labels[batch.rows].to(on.device)  # B
             return lambda s: F.cross_entropy(s.float(), y, label_smoothing=smoothing)
     else:
         taught_by = read(teacher, labelled.classes, seen, on)
-        side, size = taught_by.canvas(side), max(size, taught_by.size)
-        views, frozen, origin = taught_by.viewer(size, params.view, seed), taught_by.networks, taught_by.training
+        side, frozen, origin = taught_by.canvas(side), taught_by.networks, taught_by.training
+        viewer = taught_by.viewer(max(size, taught_by.size), params.view, job.seed)
 
-        def target(batch: Batch) -> Target:
+        def target(batch: views.Batch) -> Target:
             t = taught_by.logits(batch)  # B, C
             return lambda s: params.loss(s, t)
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        found = model(inputs.normalise(batch.views, given))
-        return objective(found, target(batch), params.alpha, params.lambda_, params.temperature)
+    def loss(model: nn.Module, batch: views.Batch) -> Tensor:
+        exited = model(inputs.normalise(batch.views, input_spec))
+        return objective(exited, target(batch), params.alpha, params.lambda_, params.temperature)
 
-    check = checker(inputs.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on)
-    model, history = fit.fit(
-        student,
-        loss,
-        inputs.load(seen, side, cores, machine.memory_gb, "images"),
-        views,
-        params.training,
-        seed=seed,
-        device=on,
-        scratch=scratch,
-        journal=journal,
-        label="self-distilling",
-        check=check,
-        checkpoint_minutes=machine.checkpoint_minutes,
-    )
-    described = description.trained(
-        params.training.steps,
-        params.training.batch,
-        origin.get("labelled", 0),
-        0 if from_labels else unlabelled,
-        origin.get("note"),
-        macs=architectures.macs_of_training(model, given.size, *frozen),
-    )
+    pixels = inputs.load(seen, side, job.machine, "images")
+    check = checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
+    trained = fit.fit(student, loss, pixels, viewer, params.training, check, job=job, device=on, label="self-distilling")
+    counts = Counts(len(seen), origin.get("labelled", 0), 0 if from_labels else unlabelled)
+    note = origin.get("note")
     with artifact.writing(out) as tmp:
-        checkpoint.save(tmp, model, described, history)
-    facts = {"steps": params.training.steps, "images": len(seen), "parameters": architectures.parameters_of(model)}
-    return facts | fit.final(history)
+        return trained.save(tmp, description, counts, note, frozen=frozen)
 
 
-def objective(found: Exited, target: Target, alpha: float, lambda_: float, temperature: float) -> Tensor:
+def objective(exited: Exited, target: Target, alpha: float, lambda_: float, temperature: float) -> Tensor:
     """Sum over exits i of (1 - alpha) target(s_i) + alpha T^2 KL(q_C || q_i) + lambda ||F_i - F_C||^2.
 
-    q = softmax(s / T) of an exit's logits, F its features before the pool, C the deepest exit: it has neither of the last two
-    terms, its first has the weight 1, and no gradient reaches it through those of the others. Each term is the mean over the
+    q = softmax(s / T) of an exit's logits, F its features before the pool, C the deepest exit. That one has neither of the last
+    two terms, its first has the weight 1, and no gradient reaches it through those of the others. Each term is the mean over the
     batch of a sum over classes or over a whole feature map, in float32.
     """
-    *shallow, deepest = found.logits
-    *maps, deepest_map = (f.float() for f in found.features)
+    *shallow, deepest = exited.logits
+    *maps, deepest_map = (f.float() for f in exited.features)
     from_deepest = losses.SoftLoss(name="kl", temperature=temperature)
     total = target(deepest)
     for s, f in zip(shallow, maps, strict=True):
@@ -161,13 +134,13 @@ def objective(found: Exited, target: Target, alpha: float, lambda_: float, tempe
 
 
 def checker(
-    pixels: inputs.Pixels, labels: np.ndarray, given: inputs.Input, on: device.Device
+    pixels: inputs.Pixels, labels: np.ndarray, input_spec: inputs.Input, on: device.Device
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A function that measures all exits: `top1` (0..1) and `nll` (nats) of the deepest, `top1_exit1` ... of those before it."""
     wanted = torch.from_numpy(labels)
 
     def check(model: nn.Module) -> dict[str, float]:
-        out = torch.cat([batch for _, batch in prediction.logits(exits.Stacked(model), pixels, given, on)])  # N, exits, C
+        out = torch.cat([batch for _, batch in prediction.logits(exits.Stacked(model), pixels, input_spec, on)])  # N, exits, C
         right = (out.argmax(2) == wanted[:, None]).double().mean(0)
         *before, top1 = right.tolist()
         nll = float(F.cross_entropy(out[:, -1], wanted))

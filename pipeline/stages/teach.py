@@ -9,10 +9,10 @@ from pydantic import AfterValidator, NonNegativeInt
 from torch import Tensor, nn
 
 from pipeline.harness import stage
-from pipeline.harness.machine import Machine
 from pipeline.learning import views
 from pipeline.learning.loop import fit, optimisers
-from pipeline.models import architectures, checkpoint, device, inputs, network, prediction
+from pipeline.learning.loop.trained import Counts
+from pipeline.models import device, inputs, network, prediction
 from pipeline.store import artifact, manifest
 from pipeline.store.params import Made, Section
 
@@ -45,18 +45,7 @@ class Teach(Section):
     """A remark that stands below the table."""
 
 
-def run(
-    params: Teach,
-    *,
-    train: Path,
-    holdout: Path,
-    init: Path,
-    out: Path,
-    seed: int,
-    scratch: Path,
-    journal: stage.Journal,
-    machine: Machine,
-) -> stage.Metrics:
+def run(params: Teach, *, train: Path, holdout: Path, init: Path, out: Path, job: stage.Job) -> stage.Metrics:
     """Minimise the cross entropy of `train`'s labels, starting from `init`, and write the model directory `out`.
 
     The held-out images are measured ten times in a run, never trained on. Raises TrainingError, CheckpointError, ModelError.
@@ -64,49 +53,28 @@ def run(
     labelled, held_out = manifest.read(train), manifest.read(holdout)
     known = len(labelled) + len(held_out)
     if params.labels is not None:
-        labelled = manifest.balanced(labelled, params.labels, seed)
+        labelled = manifest.balanced(labelled, params.labels, job.seed)
         known = len(labelled)
-    on = device.pick(machine)
-    model, description = network.start(params.model, init, labelled.classes, seed, params.exit, params.from_layer)
-    model = on.place(model)
-    given = inputs.Input.model_validate(description.input)
-    cores = machine.cores(machine.workers)
-    check = prediction.checker(
-        inputs.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on
-    )
-    history: dict[str, list[dict[str, float]]] = {"train": [], "holdout": []}
-    if params.training is not None:
-        labels = torch.from_numpy(labelled.labels())
-        smoothing = params.training.smoothing
+    on = device.pick(job.machine)
+    model, description = network.start(params.model, init, labelled.classes, job.seed, params.exit, params.from_layer)
+    input_spec = description.input
+    check = prediction.checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
+    if params.training is None:
+        trained = fit.as_it_comes(on.place(model), check)
+    else:
+        labels, smoothing = torch.from_numpy(labelled.labels()), params.training.smoothing
 
         def cross_entropy(model: nn.Module, batch: views.Batch) -> Tensor:
             y = labels[batch.rows].to(on.device)  # N
-            return F.cross_entropy(model(inputs.normalise(batch.views, given)).float(), y, label_smoothing=smoothing)
+            return F.cross_entropy(model(inputs.normalise(batch.views, input_spec)).float(), y, label_smoothing=smoothing)
 
-        model, history = fit.fit(
-            model,
-            cross_entropy,
-            inputs.load(labelled, given.side, cores, machine.memory_gb, "train"),
-            views.viewer(given.size, params.view, seed),
-            params.training,
-            seed=seed,
-            device=on,
-            scratch=scratch,
-            journal=journal,
-            label="training",
-            check=check,
-            checkpoint_minutes=machine.checkpoint_minutes,
-        )
-    steps, batch = (params.training.steps, params.training.batch) if params.training else (0, 0)
-    cost = architectures.macs_of_training(model, given.size)
-    described = description.trained(steps, batch, known, 0, params.note, macs=cost)
+        pixels = inputs.load(labelled, input_spec.side, job.machine, "train")
+        viewer = views.viewer(input_spec.size, params.view, job.seed)
+        trained = fit.fit(model, cross_entropy, pixels, viewer, params.training, check, job=job, device=on, label="training")
     with artifact.writing(out) as tmp:
         if params.labels is not None:
             (tmp / "labels.txt").write_text("".join(f"{name}\n" for name in labelled.table["id"].to_pylist()))
-        checkpoint.save(tmp, model, described, history)
-    measured = history if params.training else {"holdout": [check(model)]}
-    facts = {"steps": steps, "images": len(labelled), "parameters": architectures.parameters_of(model)}
-    return facts | fit.final(measured)
+        return trained.save(tmp, description, Counts(len(labelled), known), params.note)
 
 
 if __name__ == "__main__":

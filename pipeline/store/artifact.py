@@ -97,7 +97,7 @@ def _exchange(a: Path, b: Path) -> None:
 
 @contextlib.contextmanager
 def writing_file(path: Path) -> Iterator[Path]:
-    """The same for one file (a metrics file, a checkpoint): a temporary name, synced and renamed on a clean exit."""
+    """A temporary name for one file (a metrics file, a checkpoint), synced and renamed on a clean exit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -130,7 +130,7 @@ def identity(path: Path) -> str:
     """The identity of an input, as a SHA-256 hex digest: of an artifact or a file, its content.
 
     A plain folder (a user's data, or a folder of artifacts) is known by the names and sizes of its files and by the content of
-    the artifacts in it: whoever reads it more closely, as `prepare` does, has to check what it reads.
+    the artifacts in it. Whoever reads it more closely, as `prepare` does, has to check what it reads.
     """
     if path.is_file():
         return _sha256(path)

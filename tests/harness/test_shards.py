@@ -108,10 +108,10 @@ def test_score_label_and_pack_give_the_same_bytes_on_a_cluster(
     for name, machine in (("here", MACHINE), ("there", MACHINE.model_copy(update={"executor": cluster}))):
         made = tmp_path / name
         labelled = {"train": data / "train", "teacher": teacher}
-        score.run(scoring, pool=data / "pool", **labelled, out=made / "score", scratch=made / "s1", machine=machine)
-        label.run(labelling, chosen=data / "pool", **labelled, out=made / "label", seed=0, scratch=made / "s2", machine=machine)
+        score.run(scoring, pool=data / "pool", **labelled, out=made / "score", workdir=made / "s1", machine=machine)
+        label.run(labelling, chosen=data / "pool", **labelled, out=made / "label", seed=0, workdir=made / "s2", machine=machine)
         monkeypatch.chdir(made)
-        outs = {"out": Path("pack"), "shards_out": Path("shards")}
-        pack.run(packing, chosen=data / "pool", train=data / "train", **outs, scratch=made / "s3", machine=machine)
+        outs = {"out": Path("pack"), "tars_out": Path("tars")}
+        pack.run(packing, chosen=data / "pool", train=data / "train", **outs, workdir=made / "s3", machine=machine)
     for out in ("score", "label", "pack", "shards"):
         assert artifact.identity(tmp_path / "here" / out) == artifact.identity(tmp_path / "there" / out), out

@@ -27,10 +27,10 @@ class Distil(Section):
     do: str = ""
 
 def run(
-    params: Distil, *, source: Path, out: Path, seed: int, scratch: Path, journal: stage.Journal, machine: Machine
+    params: Distil, *, source: Path, out: Path, seed: int, workdir: Path, journal: stage.Journal, machine: Machine
 ) -> stage.Metrics:
     """Copy a text."""
-    (scratch / "resumed").open("a").write("x")
+    (workdir / "resumed").open("a").write("x")
     if params.do == "sleep":
         print("ready", flush=True)
         time.sleep(60)
@@ -41,7 +41,7 @@ def run(
     with artifact.writing(out) as tmp:
         (tmp / "text").write_text(params.text + source.read_text() + str(seed))
     journal.log(step=1, value=2.0)
-    return {"length": len(params.text), "times": len((scratch / "resumed").read_text())}
+    return {"length": len(params.text), "times": len((workdir / "resumed").read_text())}
 
 if __name__ == "__main__":
     stage.main(run)
@@ -87,7 +87,7 @@ def test_the_key_is_the_content_of_the_inputs_not_their_time(house: Path) -> Non
     assert len(set(keys)) == 3
 
 
-def test_a_full_disk_is_named_and_the_next_run_finds_its_scratch(house: Path) -> None:
+def test_a_full_disk_is_named_and_the_next_run_finds_its_workdir(house: Path) -> None:
     failed = run(house, do="full")
     assert failed.returncode == 75
     assert "the disk is full (data/big)" in failed.stderr

@@ -62,7 +62,7 @@ class Bench:
             **self.inputs,
             **outs,
             overrides=self.overrides,
-            scratch=self.scratch,
+            workdir=self.scratch,
             machine=machine or Machine(workers=workers),
         )
 

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import UserError
+from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
 from pipeline.learning import views
@@ -128,10 +129,8 @@ def test_a_group_whose_processes_resume_at_different_steps_does_not_train(
             pixels,
             views.viewer(8, views.View(), 0),
             optimisers.Training(steps=2, batch=4),
-            seed=0,
+            lambda _: {},
+            job=Job(0, tmp_path, Journal(), Machine()),
             device=device.pick(Machine(device="cpu")),
-            scratch=tmp_path,
-            journal=Journal(),
             label="training",
-            check=lambda _: {},
         )

@@ -27,9 +27,7 @@ def with_exits(arch: str = "resnet8", **options: object) -> Exits:
 
 
 def saved(folder: Path, model: Exits, classes: tuple[str, ...] = CLASSES) -> Path:
-    description = checkpoint.Description(
-        "resnet8", classes, inputs.Input(size=16).model_dump(mode="json"), {"width": 4, "exits": "all"}, {"steps": 7}
-    )
+    description = checkpoint.Description("resnet8", classes, inputs.Input(size=16), {"width": 4, "exits": "all"}, {"steps": 7})
     with artifact.writing(folder) as tmp:
         checkpoint.save(tmp, model, description, {"train": [], "holdout": []})
     return folder

@@ -27,7 +27,7 @@ def small(**more: Any) -> network.Network:
 def saved(folder: Path, classes: tuple[str, ...] = CLASSES, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     model = architectures.create("resnet8", len(classes), OPTIONS)
-    given = inputs.Input(size=8).model_dump(mode="json")
+    given = inputs.Input(size=8)
     with artifact.writing(folder) as tmp:
         checkpoint.save(tmp, model, checkpoint.Description("resnet8", classes, given, OPTIONS), {"train": [], "holdout": []})
     return folder
@@ -149,7 +149,7 @@ def test_two_sources_of_weights_are_refused(tmp_path: Path) -> None:
 def pretrained(folder: Path) -> tuple[Path, architectures.Projected]:
     torch.manual_seed(2)
     model = architectures.Projected(architectures.create("resnet8", 0, OPTIONS), layers=3, out=5)
-    given = inputs.Input(size=8).model_dump(mode="json")
+    given = inputs.Input(size=8)
     description = checkpoint.Description("resnet8", (), given, OPTIONS, {"steps": 7}, {"layers": 3, "out": 5})
     with artifact.writing(folder) as tmp:
         checkpoint.save(tmp, model, description, {})

@@ -18,7 +18,7 @@ from pipeline.stages import draw
 from pipeline.store import artifact
 from pipeline.store.decode import ImageRefused, decode
 
-SMALL = {"seed": 5, "labelled": 1, "val": 4, "in_class": 24, "out_of_class": 60, "leaks": 27, "broken": 6, "shard": 60}
+SMALL = {"seed": 5, "labelled": 1, "val": 4, "in_class": 24, "out_of_class": 60, "leaks": 27, "broken": 6, "members": 60}
 
 
 class Drawn:

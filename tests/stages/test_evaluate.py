@@ -66,7 +66,7 @@ def test_calibration_error_and_interval_follow_their_formulas() -> None:
     expected = 0.0
     for i in range(15):  # Guo et al. (2017): the gap of each bin of confidence, weighted with the images in it
         expected += abs(sum(float(sure[n] - right[n]) for n in range(500) if i / 15 < sure[n] <= (i + 1) / 15)) / 500
-    assert measured["ece"] == pytest.approx(expected, abs=1e-5)
+    assert measured.ece == pytest.approx(expected, abs=1e-5)
     # Wilson's interval for 81 of 263, worked by hand from his formula (1927).
     assert statistics.wilson(81, 263) == pytest.approx((0.25529, 0.36620), abs=1e-5)
     assert statistics.wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)

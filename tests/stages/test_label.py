@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import UserError
-from pipeline.learning import teachers, views
+from pipeline.learning import labels, teachers, views
 from pipeline.learning.views import Batch
 from pipeline.models import device, inputs
 from pipeline.stages import label
@@ -28,7 +28,7 @@ def expert(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def labelled(data: Path, expert: Path, out: Path, **params: Any) -> dict[str, Any]:
     section = label.Label.model_validate({"teacher": "-", "images": "-", "m": 3, "view": VIEW, **params})
     paths = {"train": data / "train", "teacher": expert, "chosen": data / "pool", "out": out}
-    return dict(label.run(section, **paths, seed=0, scratch=out.parent / f"{out.name}-scratch", machine=MACHINE))
+    return dict(label.run(section, **paths, seed=0, workdir=out.parent / f"{out.name}-scratch", machine=MACHINE))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def test_views_repeat_after_the_last(data: Path, expert: Path, tmp_path: Path) -
     seen = manifest.concat([manifest.read(data / "pool"), manifest.read(data / "train")])
     on = device.pick(MACHINE)
     cached = teachers.Cached(tmp_path / "labels", manifest.read(data / "train").classes, seen, on, "eval")
-    raw = inputs.load(seen, 16, 1, 1.0, "test").gather(np.arange(5))
+    raw = inputs.load(seen, 16, MACHINE, "test").gather(np.arange(5))
     views = cached.viewer(16, None, 0)
     rows = np.arange(5)
     for passes, same in ((np.full(5, 2), True), (np.full(5, 1), False)):
@@ -91,7 +91,7 @@ def test_finished_shards_are_not_labelled_again(
         shard.rmdir()
     labelled(data, expert, tmp_path / "shards")
     assert first.stat().st_mtime_ns == marked
-    whole, shards = (pq.read_table(tmp_path / name / teachers.FILE) for name in ("whole", "shards"))
+    whole, shards = (pq.read_table(tmp_path / name / labels.FILE) for name in ("whole", "shards"))
     assert whole["classes"].equals(shards["classes"])
     assert whole["log_p"].equals(shards["log_p"])
 

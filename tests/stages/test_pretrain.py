@@ -16,6 +16,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from torch import Tensor
 
+from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
 from pipeline.learning import contrastive, views
@@ -258,10 +259,7 @@ def pretrained(data: Path, out: Path, scratch: Path | None = None, machine: Mach
                 holdout=data / "holdout",
                 chosen=data / "pool",
                 out=out,
-                seed=0,
-                scratch=scratch or out.parent / f"{out.name}-scratch",
-                journal=Journal(),
-                machine=machine,
+                job=Job(0, scratch or out.parent / f"{out.name}-scratch", Journal(), machine),
             )
         )
     finally:
@@ -357,10 +355,7 @@ def test_a_classifier_starts_from_a_layer_of_the_head_with_few_labels(data: Path
         holdout=data / "holdout",
         init=tmp_path / "pretrained",
         out=tmp_path / "out",
-        seed=0,
-        scratch=tmp_path / "s",
-        journal=Journal(),
-        machine=MACHINE,
+        job=Job(0, tmp_path / "s", Journal(), MACHINE),
     )
     found = checkpoint.describe(tmp_path / "out")
     assert found.options == {"width": 4, **({"head_layers": layer} if layer else {})}

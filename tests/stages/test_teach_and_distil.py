@@ -162,7 +162,7 @@ def test_scores_do_not_depend_on_shards_or_on_a_kill(data: Path, tmp_path: Path,
 
 def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path) -> None:
     model = architectures.create("resnet8", 2, {"width": 4})
-    given = inputs.Input(size=16).model_dump(mode="json")
+    given = inputs.Input(size=16)
     with artifact.writing(tmp_path / "teacher") as tmp:
         checkpoint.save(tmp, model, checkpoint.Description("resnet8", ("ant", "dog"), given, {"width": 4}), {})
     with pytest.raises(CheckpointError, match="knows the classes ant, dog, the images the classes ant, bee, cat"):
