@@ -19,6 +19,7 @@ from pipeline.stages import export
 from pipeline.store import artifact
 from tests.tiny import encoded, picture
 
+pytestmark = pytest.mark.whole
 CLASSES = ("ant", "bee", "cat")
 EVALUATION = """{"model": {"exit": %s, "input": 32},
 "val": {"n": 90, "top1": 0.5, "top1_low": 0.4, "top1_high": 0.6, "top5": 1.0, "nll": 0.9, "ece": 0.1,
