@@ -8,7 +8,8 @@ import torch
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long files come first, or one worker would still be at the last of them when the others have ended."""
-    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("flows", "whole")))
+    long = {item.path for item in items if item.get_closest_marker("flows") or item.get_closest_marker("whole")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     return house
 
 
-EVALUATED = ["evaluate@baseline", "evaluate@ssld", "evaluate@few", "evaluate@spread", "evaluate@finetune", "evaluate@byot"]
+EVALUATED = ["evaluate@baseline", "evaluate@ssld", "evaluate@spread", "evaluate@finetune", "evaluate@byot"]
 SIMCLR = {"pretrain@base", "teach@few", "distil@spread"}
 ALL = {
     "draw@scenes",

@@ -59,7 +59,6 @@ PARAMS: dict[str, Any] = {
     "evaluate": {
         "baseline": {"model": "teach/teacher"},
         "ssld": {"model": "distil/ssld"},
-        "few": {"model": "teach/few"},
         "spread": {"model": "distil/spread"},
         "finetune": {"model": "distil/finetune"},
         "byot": {"model": "self_distil/byot"},

@@ -48,6 +48,7 @@ def command(house: Path, entry: str, processes: int, **training: Any) -> tuple[l
     return [sys.executable, "-m", "pipeline.stages.teach", *args], environment
 
 
+@pytest.mark.whole
 def test_two_processes_train_what_one_trains(house: Path) -> None:
     for entry, processes in (("alone", 1), ("together", 2)):
         args, environment = command(house, entry, processes, accumulate=1)
@@ -63,6 +64,7 @@ def test_two_processes_train_what_one_trains(house: Path) -> None:
     assert not (house / ".scratch" / "teach.together").exists()
 
 
+@pytest.mark.whole
 def test_the_group_ends_with_its_launcher(house: Path) -> None:
     args, environment = command(house, "long", 2, steps=100_000)
     launcher = subprocess.Popen(args, env=environment, cwd=house, stderr=subprocess.PIPE, text=True)
@@ -110,6 +112,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.whole
 def test_processes_that_would_go_on_from_different_steps_notice(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", AGREED, str(tmp_path)]

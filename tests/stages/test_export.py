@@ -21,6 +21,7 @@ from pipeline.store import artifact
 from tests.evaluations import evaluated
 from tests.tiny import encoded, picture
 
+pytestmark = pytest.mark.whole
 CLASSES = ("ant", "bee", "cat")
 
 

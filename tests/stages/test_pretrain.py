@@ -105,6 +105,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.whole
 def test_two_processes_see_each_others_views(tmp_path: Path) -> None:
     """The mean of their losses is the loss of one process, and its gradient that of the mean: what DDP makes of the two."""
     z = torch.randn(8, 5, requires_grad=True)
@@ -312,6 +313,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
+@pytest.mark.whole
 def test_two_processes_pre_train_what_one_does(data: Path, tmp_path: Path) -> None:
     losses, house = [], data.parent.parent
     for processes in (1, 2):

@@ -459,6 +459,7 @@ def test_a_damaged_journal_holds_nothing_up(store: Experiment) -> None:
     assert [file.name[:13] for file in (FOLDER / "refused").iterdir()] == ["teach.damaged"]
 
 
+@pytest.mark.whole
 def test_six_mirrors_share_a_new_database(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/shared.db")
     monkeypatch.setattr(journal, "start_mirror", lambda folder: None)
@@ -516,6 +517,7 @@ def mirrors(project: Path) -> list[int]:
     return found
 
 
+@pytest.mark.whole
 def test_the_numbers_of_six_stages_are_seen_while_they_work(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS")  # as in a real mirror, which keeps its connection
     stages = [start_stage(f"teach.{n}") for n in range(6)]
@@ -543,6 +545,7 @@ def test_the_numbers_of_six_stages_are_seen_while_they_work(project: Path, monke
     until(lambda: not mirrors(project))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["dead", "silent"])
 def test_a_server_that_does_not_answer_costs_a_stage_nothing(
     kind: str, project: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
