@@ -89,21 +89,13 @@ def run(
     logits = {name: logits_of(classifier, p, input_spec, on) for name, p in pixels.items()}
     measured = {name: measure(logits[name], labels[name], classes) for name in tables}
     origin = artifact.record(model)
+    macs = architectures.macs(classifier, input_spec.size) if macs is None else macs
+    parameters = architectures.parameters_of(classifier)
+    made_from: dict[str, Any] = {"stage": origin.get("stage"), "entry": origin.get("entry")}
+    made_from |= {name: _name(origin, name) for name in ("init", "teacher")}
     evaluation = Evaluation(
-        model=Model(
-            arch=description.arch,
-            parameters=architectures.parameters_of(classifier),
-            macs=architectures.macs(classifier, input_spec.size) if macs is None else macs,
-            input=input_spec.size,
-            exit=params.exit,
-        ),
-        training=TrainingFacts(
-            stage=origin.get("stage"),
-            entry=origin.get("entry"),
-            init=_name(origin, "init"),
-            teacher=_name(origin, "teacher"),
-            **description.training,
-        ),
+        model=Model(arch=description.arch, parameters=parameters, macs=macs, input=input_spec.size, exit=params.exit),
+        training=TrainingFacts(**made_from, **description.training),
         val=measured["val"],
         holdout=measured["holdout"],
     )
@@ -124,12 +116,9 @@ def run(
     if params.timing:
         speeds = images_per_second({name: on.place(m) for name, m in timed.items()}, pixels["val"], input_spec, on)
         journal.log(None, **{f"images_per_second_{name}": speed for name, speed in speeds.items()})
+        dtype, threads = str(on.dtype).removeprefix("torch."), torch.get_num_threads()
         evaluation.speed = Speed(
-            device=str(on.device),
-            dtype=str(on.dtype).removeprefix("torch."),
-            threads=torch.get_num_threads(),
-            batch=prediction.BATCH,
-            images_per_second=speeds,
+            device=str(on.device), dtype=dtype, threads=threads, batch=prediction.BATCH, images_per_second=speeds
         )
     with artifact.writing(out) as tmp:
         named = confusion(logits["val"].argmax(1), labels["val"], classes)
