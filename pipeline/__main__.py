@@ -167,7 +167,7 @@ def _tidy(node: Any) -> Any:
 HEAD = f"""# params.yaml
 
 `python -m pipeline reference` writes this page from the code; the same descriptions stand in params.schema.json, by which editors
-complete and check, and in `python -m pipeline.stages.<stage> --help`.
+complete and check, and in `python -m pipeline.stages.select --help`.
 
 A stage `x` reads the section `x`; `<entry>` and `<name>` are names of your choice (letters, digits, `_`, `-`). A section that is
 missing is empty; these must be there: {", ".join(f"`{key}`" for key in NEEDED)}.
