@@ -33,7 +33,7 @@ test: $(STAMP) lint  ## check, and all other tests: the whole DAG on tiny images
 	python -m pytest -n 2
 
 check: $(STAMP) lint  ## lint, types, import contract, unit tests: what to run before each commit
-	python -m pytest -n 2 -m "not whole and not flows"
+	python -m pytest -n 2 -m "not whole and not flows" --ignore tests/flows
 
 lint: $(STAMP)  ## ruff, mypy, import-linter
 	ruff check .

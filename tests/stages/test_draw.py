@@ -128,6 +128,7 @@ def _large(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(cv2.resize(image, (200, 200), interpolation=cv2.INTER_CUBIC), cv2.COLOR_RGB2GRAY)
 
 
+@pytest.mark.whole
 def test_a_leak_is_its_validation_picture_and_a_clean_picture_is_not(drawn: Drawn) -> None:
     pool, val = drawn.pool(), drawn.members("val.tar")
     leaks = [row for row in drawn.truth if row["kind"] == "leak"]

@@ -294,6 +294,7 @@ def picture() -> Any:
     return sorted(seen, key=lambda run: run[:2])
 
 
+@pytest.mark.whole
 def test_a_mirror_killed_at_any_step_repeats_nothing(store: Experiment, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, lost = record("teach.old"), record("teach.new"), record("teach.lost")
     execute(old, accuracy=0.1)
