@@ -129,7 +129,11 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         journal.log(seconds=time.monotonic() - start)
         journal.finish("FINISHED", metrics, list(outs.values()))
         if first:
-            shutil.rmtree(WORK / name, ignore_errors=True)
+            gone = WORK / f"{name}.gone"  # renamed first: after a kill, half a checkpoint would be refused
+            shutil.rmtree(gone, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                (WORK / name).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
             _say(name, metrics, time.monotonic() - start)
 
 

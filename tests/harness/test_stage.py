@@ -15,7 +15,7 @@ from pipeline.store import artifact, params
 ROOT = Path(__file__).parents[2]
 STAGE = '''
 """A stage for tests."""
-import os, time
+import os, shutil, time
 from pathlib import Path
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
@@ -34,6 +34,8 @@ def run(
     if params.do == "sleep":
         print("ready", flush=True)
         time.sleep(60)
+    if params.do == "tidy":
+        shutil.rmtree = lambda folder, **_: Path(folder).exists() and os.kill(os.getpid(), 9)
     if params.do == "full":
         raise OSError(28, "No space left on device", "data/big")
     if params.do == "defect":
@@ -139,6 +141,14 @@ def test_two_at_once_are_refused_and_a_killed_one_leaves_no_lock(house: Path) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent's death signal is Linux's")
+def test_a_kill_while_it_tidies_up_leaves_nothing_to_resume_from(house: Path) -> None:
+    assert run(house, do="tidy").returncode == -signal.SIGKILL
+    assert [path.name for path in (house / ".scratch").glob("distil.x*/*/resumed")] == ["resumed"]
+    assert not (house / ".scratch/distil.x").exists()
+    assert run(house).returncode == 0
+    assert not list((house / ".scratch").glob("distil.x*/"))
+
+
 def test_a_stage_dies_with_the_dvc_that_started_it(house: Path) -> None:
     script = house / "dvc.sh"
     script.write_text(" ".join(command(house, do="sleep")) + "\n")  # a shell that waits, as DVC's does
