@@ -32,6 +32,21 @@ def canvas(image: np.ndarray, side: int) -> np.ndarray:
     return image
 
 
+def squeezed(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize all of (H, W, 3) uint8 to (side, side, 3), whatever its proportions: from it crops are cut."""
+    height, width = image.shape[:2]
+    if max(height, width) > side:  # shrink first: one call that shrinks one side and enlarges the other does not average
+        to = (min(width, side), min(height, side))
+        image = cv2.resize(image, to, interpolation=cv2.INTER_AREA)
+    return image if image.shape[:2] == (side, side) else cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC)
+
+
+def aspects(images: manifest.Manifest) -> np.ndarray:
+    """(N,) float64, width over height."""
+    width, height = (images.table[name].to_numpy() for name in ("width", "height"))
+    return np.asarray(width / height)
+
+
 class Pixels(Protocol):
     """Decoded images by row number."""
 
@@ -58,8 +73,8 @@ class InMemory:
 class OnDisk:
     """Images decoded when asked for, by threads (the decoders release the GIL)."""
 
-    def __init__(self, images: manifest.Manifest, side: int, workers: int) -> None:
-        self.manifest, self.side = images, side
+    def __init__(self, images: manifest.Manifest, side: int, workers: int, whole: bool = False) -> None:
+        self.manifest, self.side, self.whole = images, side, whole
         self.threads = ThreadPoolExecutor(workers)
         self.workers = workers
 
@@ -68,31 +83,33 @@ class OnDisk:
 
     def gather(self, rows: np.ndarray) -> torch.Tensor:
         parts = np.array_split(rows, min(self.workers, len(rows)))
-        done = self.threads.map(lambda part: _decode_rows(self.manifest, part, self.side), parts)
+        done = self.threads.map(lambda part: _decode_rows(self.manifest, part, self.side, self.whole), parts)
         return torch.from_numpy(np.concatenate(list(done))).permute(0, 3, 1, 2)
 
 
-def load(images: manifest.Manifest, side: int, workers: int, memory_gb: float, label: str) -> Pixels:
-    """The images as square canvases of `side` pixels: in memory if they need at most `memory_gb`, else decoded on demand.
+def load(images: manifest.Manifest, side: int, workers: int, memory_gb: float, label: str, whole: bool = False) -> Pixels:
+    """Decode images to square canvases of `side` pixels: in memory if they need at most `memory_gb`, else on demand.
 
+    `whole`: canvases hold the whole image, squeezed, to cut crops from; otherwise its central square.
     Raises ManifestError or ImageRefused, naming the image, if one cannot be read any more.
     """
     if len(images) * side * side * 3 > memory_gb * 1e9:
-        return OnDisk(images, side, workers)
+        return OnDisk(images, side, workers, whole)
     decoded = np.empty((len(images), side, side, 3), np.uint8)
     chunks = np.array_split(np.arange(len(images)), max(1, len(images) // 256))
     with ThreadPoolExecutor(workers) as threads, progress.bar(len(images), "images", f"{label}: decoding") as shown:
-        for chunk, part in zip(chunks, threads.map(lambda c: _decode_rows(images, c, side), chunks), strict=True):
+        for chunk, part in zip(chunks, threads.map(lambda c: _decode_rows(images, c, side, whole), chunks), strict=True):
             decoded[chunk] = part
             shown.update(len(chunk))
     return InMemory(decoded)
 
 
-def _decode_rows(images: manifest.Manifest, rows: np.ndarray, side: int) -> np.ndarray:
+def _decode_rows(images: manifest.Manifest, rows: np.ndarray, side: int, whole: bool) -> np.ndarray:
+    canvas_of = squeezed if whole else canvas
     batch = np.empty((len(rows), side, side, 3), np.uint8)
     for i, data in enumerate(manifest.image_bytes(images, rows)):
         try:
-            batch[i] = canvas(decode(data), side)
+            batch[i] = canvas_of(decode(data), side)
         except ImageRefused as refusal:
             name = images.table["id"][int(rows[i])].as_py()
             raise ImageRefused(f"{name}: {refusal}. `prepare` let it pass: set `prepare.check: decode`.") from None
