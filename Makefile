@@ -9,7 +9,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test lint lock clean help
+.PHONY: run test check lint deps lock clean help
 
 help:  ## show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,18 +24,25 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 run: $(STAMP)  ## the whole job of params.yaml: by default on scenes that winnow draws
+	@python -m pipeline check
 	dvc repro
 	@python -m pipeline.tracking flush
 	@python -m pipeline.stages.compare --show data/compare/results
 
-test: $(STAMP) lint  ## lint, types, import contract, unit tests, the whole DAG on tiny images
-	python -m pytest
+test: $(STAMP) lint  ## check, and all other tests: the whole DAG on tiny images, Prefect, kills (two processes)
+	python -m pytest -n 2
+
+check: $(STAMP) lint  ## lint, types, import contract, unit tests: what to run before each commit
+	python -m pytest -n 2 -m "not whole and not flows" --ignore tests/flows
 
 lint: $(STAMP)  ## ruff, mypy, import-linter
 	ruff check .
 	ruff format --check .
 	mypy
 	lint-imports --no-cache
+
+deps: $(STAMP)  ## write the code that each stage depends on into dvc.yaml
+	python -m tests.deps
 
 lock:  ## write requirements.lock anew from pyproject.toml
 	$(BIN)/python -m pip install -q uv

@@ -9,9 +9,9 @@ import re
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 from benchmarks import seeds
+from pipeline.report.evaluation import Evaluation
 
 RECIPE = seeds.ROOT / "recipes" / "ablation.yaml"
 LADDER = (  # arXiv 2103.05959, MobileNetV3-large on ImageNet, top-1 in percent
@@ -24,7 +24,7 @@ LADDER = (  # arXiv 2103.05959, MobileNetV3-large on ImageNet, top-1 in percent
 )
 CACHED = ("cached_1", "cached_4")
 ONLINE = "selected"
-Evaluations = dict[str, dict[str, Any]]  # by entry
+Evaluations = dict[str, Evaluation]  # by entry
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
 
 def top1(evaluations: list[Evaluations], entry: str) -> list[float]:
     """Percent of the validation images, of each seed."""
-    return [100 * of_seed[entry]["val"]["top1"] for of_seed in evaluations]
+    return [100 * of_seed[entry].val.top1 for of_seed in evaluations]
 
 
 def ladder(evaluations: list[Evaluations]) -> str:

@@ -50,7 +50,7 @@ def main() -> None:
         wanted = pack.Pack(images="-", labelled=False, side=args.side)
         start = time.monotonic()
         inputs = {"chosen": Path("made/pool"), "train": Path("made/train")}
-        to = {"out": Path("packed"), "shards_out": Path("shards"), "scratch": Path("scratch")}
+        to = {"out": Path("packed"), "tars_out": Path("tars"), "workdir": Path("workdir")}
         sizes = pack.run(wanted, **inputs, **to, machine=Machine(workers=args.threads))
         packing = time.monotonic() - start
         packed = manifest.read(Path("packed"))

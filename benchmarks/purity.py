@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.stages import select
 from pipeline.store import artifact, manifest
+from pipeline.store.scores import LOGSUMEXP, Scores
 
 NONE = -1  # the number of "no class"
 
@@ -31,11 +32,12 @@ def main() -> None:
     parser.add_argument("--same", nargs="+", default=[], metavar="FOLDER=CLASS", help="folders that mean a class")
     args = parser.parse_args()
     pool = manifest.read(args.pool)
-    classes = select._classes(artifact.verify(args.scores), args.pool, len(pool))
+    scored = select._open(artifact.verify(args.scores), args.pool, len(pool))
+    classes = scored.classes
     ids = pool.table["id"].to_pylist()
     held = from_table(args.truth, ids, classes) if args.truth else from_folders(ids, classes, args.same)
     print(f"{len(ids):,} pool images, {np.mean(held != NONE):.1%} of them of the {len(classes)} classes\n")
-    print(purity(args.scores / select.SCORES, held, classes, args.k))
+    print(purity(scored, held, args.k))
 
 
 def from_table(truth: Path, ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -53,11 +55,11 @@ def from_folders(ids: Sequence[str], classes: Sequence[str], same: Sequence[str]
     return np.array([next((number[f] for f in image.split("/")[:-1] if f in number), NONE) for image in ids])
 
 
-def purity(table: Path, held: np.ndarray, classes: Sequence[str], ks: Sequence[int]) -> str:
+def purity(scored: Scores, held: np.ndarray, ks: Sequence[int]) -> str:
     """A Markdown table with a row for each k."""
-    scores = pq.read_table(table, columns=["class_0", "logit_0", "logsumexp"])
-    taker = scores["class_0"].to_numpy().astype(np.int64)
-    surprisal = np.maximum(scores["logsumexp"].to_numpy() - scores["logit_0"].to_numpy(), np.float32(0))
+    classes, taker = scored.classes, scored.matrix(["class_0"])[:, 0].astype(np.int64)
+    logit, logsumexp = scored.matrix(["logit_0", LOGSUMEXP]).T
+    surprisal = np.maximum(logsumexp - logit, np.float32(0))
     order = np.lexsort((surprisal, taker))  # stable: ties stay in the order of rows
     taker, held = taker[order], held[order]
     rank = np.arange(len(taker)) - np.searchsorted(taker, taker)

@@ -22,11 +22,12 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import yaml
 
 from benchmarks import seeds
+from pipeline.leaks import findings
 from pipeline.leaks.decision import Dedup
+from pipeline.report import evaluation
 
 LEVELS: tuple[str, ...] = get_args(get_type_hints(Dedup)["strictness"])
 
@@ -54,7 +55,7 @@ def main() -> None:
     folders = {
         (level, seed): seeds.workspace(
             f"sceptic/{args.recipe.stem}-{level}-{seed}",
-            params | {"seed": seed, "dedup": {**(params["dedup"] or {}), "strictness": level}},
+            params | {"seed": seed, "dedup": {**params["dedup"], "strictness": level}},
             max(1, cores // args.jobs),
             args.commit,
         )
@@ -80,13 +81,13 @@ def main() -> None:
 
 def with_a_leak(folder: Path) -> pa.Array:
     """Ids of the validation images of which a copy was in the pool: the findings are the same at every strictness."""
-    audit = pq.read_table(folder / "data" / "dedup" / "leaks" / "leaks.parquet")
+    audit = findings.read(folder / "data" / "dedup" / "leaks")
     where = pc.and_(pc.equal(audit["relation"], "pool-val"), pc.equal(audit["outcome"], "removed"))
     return audit["match_id"].filter(where).drop_null().unique()
 
 
 def measured(folder: Path, entry: str, leaked: pa.Array) -> Point:
-    predictions = pq.read_table(folder / "data" / "evaluate" / entry / "predictions.parquet")
+    predictions = evaluation.read_predictions(folder / "data" / "evaluate" / entry)
     right = pc.equal(predictions["label"], predictions["predicted"]).cast(pa.float64())
     copied = pc.is_in(predictions["id"], leaked)
     groups = {"all": right, "with a leak": right.filter(copied), "without": right.filter(pc.invert(copied))}

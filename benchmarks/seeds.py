@@ -8,7 +8,6 @@ what does not depend on the seed (prepare, dedup) runs once. A repeated command 
 
 import argparse
 import io
-import json
 import os
 import platform
 import statistics
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from pipeline.report import evaluation
+from pipeline.report.evaluation import Evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 UNSEEDED = ("prepare", "dedup")
@@ -98,13 +100,13 @@ def table(folders: list[Path]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry, first in found[0].items():
-        val = [100 * f[entry]["val"]["top1"] for f in found]
-        held = [100 * f[entry]["holdout"]["top1"] for f in found]
-        gains = [v - 100 * f["baseline"]["val"]["top1"] for v, f in zip(val, found, strict=True)]
-        training = first["training"]
+        val = [100 * f[entry].val.top1 for f in found]
+        held = [100 * f[entry].holdout.top1 for f in found]
+        gains = [v - 100 * f["baseline"].val.top1 for v, f in zip(val, found, strict=True)]
+        training = first.training
         lines.append(
             f"| {entry} | {spread(val)} | {' / '.join(f'{v:.1f}' for v in val)} | {spread(gains)} | {spread(held)} "
-            f"| {training['labelled']:,} | {training['unlabelled']:,} | {training['steps']:,} |"
+            f"| {training.labelled:,} | {training.unlabelled:,} | {training.steps:,} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -117,21 +119,22 @@ def exits(folders: list[Path]) -> str:
         "| --- | --- | --- | --- | --- | ---: | ---: | ---: |",
     ]
     for entry, first in found[0].items():
-        for i, row in enumerate(first.get("exits", {"rows": []})["rows"]):
-            val = [100 * f[entry]["exits"]["rows"][i]["val_top1"] for f in found]
-            gains = [v - 100 * f["baseline"]["val"]["top1"] for v, f in zip(val, found, strict=True)]
-            macs = statistics.mean(f[entry]["exits"]["rows"][i]["macs"] for f in found) / 1e6
-            speed = first.get("speed", {"images_per_second": {}})["images_per_second"].get(row["exit"])
+        for i, row in enumerate(first.exits.rows if first.exits else []):
+            same = [of_seed.exits.rows[i] for f in found if (of_seed := f[entry]).exits]
+            val = [100 * way.val_top1 for way in same]
+            gains = [v - 100 * f["baseline"].val.top1 for v, f in zip(val, found, strict=True)]
+            macs = statistics.mean(way.macs for way in same) / 1e6
+            speed = first.speed and first.speed.images_per_second.get(row.exit)
             lines.append(
-                f"| {entry} | {row['exit']} | {spread(val)} | {' / '.join(f'{v:.1f}' for v in val)} | {spread(gains)} "
-                f"| {macs:.2f} | {row['parameters']:,} | {f'{speed:,.0f}' if speed else ''} |"
+                f"| {entry} | {row.exit} | {spread(val)} | {' / '.join(f'{v:.1f}' for v in val)} | {spread(gains)} "
+                f"| {macs:.2f} | {row.parameters:,} | {f'{speed:,.0f}' if speed else ''} |"
             )
     return "\n" + "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
-def evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+def evaluations(folder: Path) -> dict[str, Evaluation]:
     entries = yaml.safe_load((folder / "params.yaml").read_text())["evaluate"]
-    return {e: json.loads((folder / "data" / "evaluate" / e / "evaluation.json").read_text()) for e in entries}
+    return {e: evaluation.read(folder / "data" / "evaluate" / e) for e in entries}
 
 
 def spread(values: list[float]) -> str:

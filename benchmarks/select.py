@@ -21,12 +21,11 @@ from typing import Any
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.harness.machine import Machine
 from pipeline.stages import select
-from pipeline.store import artifact, manifest
+from pipeline.store import artifact, manifest, scores
 
 BATCH = 1 << 18
 
@@ -68,22 +67,15 @@ def draw(folder: Path, images: int, top: int, classes: int) -> None:
             .to_arrow_table()
         )
         manifest.write(tmp, rows.set_column(1, "path", rows["path"].dictionary_encode()), ())
-    names = [*(f"class_{j}" for j in range(top)), *(f"logit_{j}" for j in range(top)), "logsumexp"]
-    types = [pa.uint16()] * top + [pa.float32()] * (top + 1)
-    about = {"classes": json.dumps([f"class {c}" for c in range(classes)]), "manifest": artifact.identity(folder / "pool")}
-    schema = pa.schema(list(zip(names, types, strict=True)), metadata=about)
-    with (
-        artifact.writing(folder / "scores") as tmp,
-        pq.ParquetWriter(tmp / select.SCORES, schema, compression="zstd") as writer,
-    ):
+    names, identity = [f"class {c}" for c in range(classes)], artifact.identity(folder / "pool")
+    with artifact.writing(folder / "scores") as tmp, scores.writer(tmp, top, names, identity) as writer:
         for first in range(0, images, BATCH):
             n = min(BATCH, images - first)
             step = rng.integers(1, max(2, classes // top), (n, top), dtype=np.int32)
             numbers = (rng.integers(0, classes, (n, 1), dtype=np.int32) + np.cumsum(step, axis=1)) % classes
             logits = -np.sort(-rng.normal(5, 3, (n, top)).astype(np.float32), axis=1)
             logsumexp = np.log(np.exp(logits).sum(1) + 100 * rng.random(n)).astype(np.float32)
-            columns = [*numbers.T.astype(np.uint16), *logits.T.copy(), logsumexp]
-            writer.write_table(pa.table(columns, schema=schema))
+            writer.write_table(scores.table(numbers, logits, logsumexp))
 
 
 def report(folder: Path, args: argparse.Namespace) -> None:
@@ -131,16 +123,14 @@ def window(folder: Path, top: int, k: int, threads: int) -> np.ndarray:
     """DuckDB `row_number` window."""
     with _database(threads) as db:
         ranked = f"SELECT image, row_number() OVER (PARTITION BY class ORDER BY s, image) AS rank FROM ({_pairs(top)})"
-        found = db.sql(f"SELECT image FROM ({ranked}) WHERE rank <= {k}", params=[str(folder / "scores" / select.SCORES)])
+        found = db.sql(f"SELECT image FROM ({ranked}) WHERE rank <= {k}", params=[str(folder / "scores" / scores.FILE)])
         return found.to_arrow_table()["image"].to_numpy()
 
 
 def query(folder: Path, top: int, k: int, threads: int) -> np.ndarray:
     """`select`'s query: the same, with its checks and counts."""
-    table = folder / "scores" / select.SCORES
-    classes = len(json.loads(pq.read_schema(table).metadata[b"classes"]))
-    images = pq.read_metadata(table).num_rows
-    taken, _ = select._top(table, top, k, images, classes, folder / "temporary", Machine(threads=threads))
+    scored = scores.open_scores(folder / "scores")
+    taken, _ = select._top(scored, top, k, folder / "temporary", Machine(threads=threads))
     return taken.images
 
 
@@ -148,8 +138,7 @@ def stage(folder: Path, top: int, k: int, threads: int) -> np.ndarray:
     """`select`, the whole stage: checksums, manifest in, manifest out."""
     params = select.Select(scores="", rule="top", k=k, membership="any")
     machine, out = Machine(threads=threads), folder / "selected"
-    pool, scores = folder / "pool", folder / "scores"
-    select.run(params, scores=scores, pool=pool, out=out, seed=0, scratch=folder, machine=machine)
+    select.run(params, scores=folder / "scores", pool=folder / "pool", out=out, seed=0, workdir=folder, machine=machine)
     return pq.read_table(out / manifest.FILE, columns=["size"])["size"].to_numpy()  # `draw` put the row there
 
 
@@ -159,7 +148,7 @@ METHODS: dict[str, Method] = {"bare": bare, "query": query, "stage": stage, "arg
 def _best(folder: Path, top: int, threads: int, aggregate: str) -> np.ndarray:
     ranked = f"SELECT class, {aggregate} AS best FROM ({_pairs(top)}) GROUP BY class"
     with _database(threads) as db:
-        best = db.sql(ranked, params=[str(folder / "scores" / select.SCORES)]).to_arrow_table()["best"]
+        best = db.sql(ranked, params=[str(folder / "scores" / scores.FILE)]).to_arrow_table()["best"]
         return best.combine_chunks().flatten().to_numpy()
 
 

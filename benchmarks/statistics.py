@@ -3,7 +3,7 @@
     python -m benchmarks.statistics
 
 Pairs of models are drawn that are the same model twice: each image has a difficulty, and both models are right on it with the
-same probability. Each way to decide is asked 1,000 times whether the two differ; at 0.05 it may say so 50 times. The last row asks
+same probability. Each way to decide is asked 1,000 times whether the two differ; at 0.05 it may say so 50 times. The last row is
 about all pairs of ten such models, corrected for their number: how often is any of the 45 called different?
 """
 

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.seeds import machine
+from pipeline.harness.job import Job
+from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
 from pipeline.learning import views
 from pipeline.learning.loop import fit, optimisers
@@ -103,10 +105,6 @@ def training(
     pixels = inputs.InMemory(np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8))
     plan = optimisers.Training(steps=steps, batch=batch)
 
-    class Silent:
-        def log(self, step: int | None = None, **values: float) -> None:
-            pass
-
     def ours() -> None:
         model = architectures.create(arch, 10, options)
 
@@ -115,13 +113,10 @@ def training(
 
         with tempfile.TemporaryDirectory() as scratch:
             fit.fit(
-                *(model, loss, pixels, views.viewer(32, views.View(), 0), plan),
-                seed=0,
+                *(model, loss, pixels, views.viewer(32, views.View(), 0), plan, lambda model: {}),
+                job=Job(0, Path(scratch), Journal(), Machine()),
                 device=on,
-                scratch=Path(scratch),
-                journal=Silent(),
                 label=arch,
-                check=lambda model: {},
             )
 
     def bare() -> None:

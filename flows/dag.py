@@ -1,7 +1,7 @@
 """What DVC knows: the stages, who needs whom, what is stale. The only module that speaks to DVC.
 
-It speaks to the command line, `dvc`, wherever that can say it; two things it cannot say (a changed parameter without a run, and
-a lock entry from another machine) are the functions at the end.
+It speaks to the command line, `dvc`, wherever that can say it. It cannot change a parameter without a run, nor take over a lock
+entry from another machine: the functions at the end do.
 """
 
 import json
@@ -45,18 +45,18 @@ class Dag:
         return [stage for stage in self.needs if stage in wanted]
 
     def _matching(self, target: str) -> list[str]:
-        found = [stage for stage in self.needs if stage == target or stage.startswith(f"{target}@")]
-        if not found:
+        named = [stage for stage in self.needs if stage == target or stage.startswith(f"{target}@")]
+        if not named:
             raise DVCError(f"there is no stage {target!r} in dvc.yaml. There are: {', '.join(self.needs)}.")
-        return found
+        return named
 
     def affected(self, changed: Mapping[str, Any]) -> list[str]:
         """The stages that may have to run: those of `changed`, and whatever is downstream of them, in order."""
-        found: set[str] = set()
+        affected: set[str] = set()
         for stage in self.needs:
-            if stage in changed or self.needs[stage] & found:
-                found.add(stage)
-        return [stage for stage in self.needs if stage in found]
+            if stage in changed or self.needs[stage] & affected:
+                affected.add(stage)
+        return [stage for stage in self.needs if stage in affected]
 
 
 def environment() -> dict[str, str]:
@@ -109,7 +109,7 @@ def missing_sources(folder: Path, changes: Mapping[str, Any]) -> list[str]:
     made = set(re.findall(r'^"([^"]+)";', call(folder, "dag", "--outs", "--dot"), re.M))
     deps = {
         path: state
-        for found in changes.values() for change in found if isinstance(change, Mapping)
+        for of_stage in changes.values() for change in of_stage if isinstance(change, Mapping)
         for path, state in change.get("changed deps", {}).items() if isinstance(state, str)
     }  # fmt: skip
     return [path for path, state in deps.items() if state == "deleted" and path not in made]
@@ -138,17 +138,13 @@ def has_remote(folder: Path) -> bool:
 def override(folder: Path, changes: Sequence[str]) -> None:
     """Change params.yaml in `folder` as `dvc exp run -S CHANGE` would: `distil.ssld.loss.name=js`, `+a.b=1`, `~a.b`.
 
-    Anchors are written out first. DVC changes what `*alias` shares in one place and then writes the others' old value over
-    it, so that a change below an alias is lost without a word. Raises DVCError for a change that does not parse or fit.
+    Raises DVCError for a change that does not parse or fit.
     """
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import apply_overrides
 
-    file = folder / "params.yaml"
-    tree = json.loads(json.dumps(yaml.safe_load(file.read_text())))
-    file.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     try:
-        apply_overrides(file, list(changes))
+        apply_overrides(folder / "params.yaml", list(changes))
     except DvcException as error:
         raise DVCError(f"params: {', '.join(changes)}: {error.__cause__ or error}") from error
 

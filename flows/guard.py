@@ -1,7 +1,8 @@
 """Run a command and leave nothing of it behind: `python guard.py SECONDS COMMAND...`.
 
-The command runs in a session of its own. When standard input closes, because the flow was cancelled or its process killed,
-and also when the command itself ends, every process that is left of that session is asked to end, and killed after SECONDS.
+The command runs in a session of its own. It is over when standard input closes, because the flow was cancelled or
+its process killed, and when the command itself ends. Every process that is left of the session is then asked to end, and killed
+after SECONDS.
 Nothing of winnow or of Prefect is imported here, so it starts in some milliseconds and outlives its parent's crash.
 
 Exits as the command did; 128 + n when signal n ended it.

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.timeout(1500)  # seconds; about two minutes on an idle core
+@pytest.mark.whole
+@pytest.mark.timeout(1500)  # seconds; about one minute on an idle core
 def test_sixty_kills_and_a_flipped_bit_in_every_artifact() -> None:
     """In a process of its own: a fork must not copy the locks of the threads that earlier tests have started."""
     command = [sys.executable, "-m", "tests.faults", "--kills", "60"]

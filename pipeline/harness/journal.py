@@ -197,13 +197,13 @@ def _keep_small_files(artifacts: Sequence[Path], metrics: Mapping[str, Any], fol
 
 def metrics_on_disk(lineage: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The metrics of every stage in the lineage, by key; none for one that was repeated since, whose file is another run's."""
-    found = {}
+    metrics = {}
     for key, record in lineage.items():
         folder, file = Path("data", record["stage"]), f"{record['entry'] or 'metrics'}.json"
         artifacts = folder.glob(f"{record['entry'] or '*'}/record.json")
         if (folder / file).is_file() and any(json.loads(a.read_text())["key"] == key for a in artifacts):
-            found[key] = json.loads((folder / file).read_text())
-    return found
+            metrics[key] = json.loads((folder / file).read_text())
+    return metrics
 
 
 def start_mirror(folder: Path) -> None:

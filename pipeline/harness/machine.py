@@ -10,26 +10,28 @@ from pipeline.store.params import Section
 
 
 class Machine(Section):
-    """How to run, never what to compute: no stage is stale because this section changed.
-
-    `device`: cpu, cuda, cuda:1, or auto (cuda where there is one). `precision`: the autocast type of training and inference;
-    auto is bfloat16 on a GPU and on CPUs that multiply it in hardware, else float32. `threads` and `workers` 0: one per usable
-    core. `memory_gb`: decoded images up to this size stay in memory; larger sets are decoded batch by batch.
-    `checkpoint_minutes`: how much work a killed training run may lose. `processes`: how many train together, each on its part of
-    every batch (one per GPU; torchrun starts them). `compile`: translate the networks with torch.compile: worth its
-    start-up time on a GPU and in long runs. `executor`: who does the shards of `dedup`, `score`, `label` and `pack`: `local`,
-    this machine, or `dask://HOST:PORT`, the workers of a cluster that sees the same folder (docs/operations.md).
-    """
+    """How to run, never what to compute: no stage is stale because this section changed."""
 
     device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: cuda where there is one."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """The autocast type of training and inference. `auto` is bfloat16 on a GPU and on CPUs that multiply it in hardware, else
+    float32."""
     threads: NonNegativeInt = 0
+    """Threads of a process that computes; 0: one per usable core."""
     workers: NonNegativeInt = 0
+    """Threads that decode, or processes that do shards; 0: one per usable core."""
     memory_gb: PositiveFloat = 4.0
+    """Decoded images up to this size stay in memory (of each process), in gigabytes; larger sets are decoded batch by batch."""
     checkpoint_minutes: PositiveFloat = 5.0
+    """How much work a killed training may lose, in minutes."""
     processes: PositiveInt = 1
+    """How many train together, each on its part of every batch: one per GPU. torchrun starts them."""
     compile: bool = False
+    """Translate the networks with torch.compile: worth its start-up time on a GPU and in long runs."""
     executor: str = Field(default="local", pattern=r"^(local|dask://[^/:]+:\d+)$")
+    """Who does the shards of `dedup`, `score`, `label` and `pack`: `local`, this machine, or `dask://HOST:PORT`, the workers of
+    a cluster that sees the same folder (docs/operations.md)."""
 
     def cores(self, wanted: int) -> int:
         """`wanted`, or this process's share of the usable cores if it is 0."""

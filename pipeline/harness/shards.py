@@ -1,8 +1,8 @@
 """Shards of a stage's work, done by processes of this machine, or by the workers of a Dask cluster on many.
 
 A shard is a small, picklable piece of work that writes its result to a file of its own, under its final name only when it is
-whole. So it does not matter where it was done, or how often; a worker that is lost costs the shards it had in hand, which
-others do again; and a stage that is killed goes on with those that are not there yet.
+whole. So it does not matter where it was done, or how often. A worker that is lost costs the shards it had in hand, which
+others do again. A stage that is killed goes on with those that are not there yet.
 
 The workers of a cluster see the same folder as the stage, at the same path, and start in it (docs/operations.md).
 """
@@ -24,7 +24,7 @@ from pipeline.harness import progress
 LOCAL, DASK = "local", "dask://"
 PATIENCE_SECONDS = 10.0
 LOSSES = 3
-"""So many workers may die in a row, without a shard done between them, before the shard itself must be to blame."""
+"""How many workers may die in a row, without a shard done between them, before the shard itself must be to blame."""
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 
 def finished(
-    work: Callable[[Rows], int], count: int, size: int, scratch: Path, executor: str, unit: str, label: str, each: int = 1
+    work: Callable[[Rows], int], count: int, size: int, workdir: Path, executor: str, unit: str, label: str, each: int = 1
 ) -> list[Path]:
     """Do what is missing of `count` rows in shards of `size`; the artifacts of all shards, in order of the rows.
 
@@ -47,7 +47,7 @@ def finished(
     machine one process does them, which may have a GPU and threads of its own.
     """
     starts = range(0, count, size)
-    parts = [Rows(scratch / f"{first:012}", first, min(first + size, count)) for first in starts]
+    parts = [Rows(workdir / f"{first:012}", first, min(first + size, count)) for first in starts]
     missing = [part for part in parts if not part.folder.exists()]
     left = sum(part.last - part.first for part in missing)
     with progress.bar(count * each, unit, label, (count - left) * each) as shown:
@@ -108,7 +108,7 @@ def _on_dask(work: Callable[[S], R], shards: Iterator[S], address: str) -> Itera
     try:
         from distributed import Client, KilledWorker, as_completed
     except ImportError:
-        raise UserError(f"`machine.executor` is dask://{address}, and Dask is not here: pip install 'winnow[dask]'.") from None
+        raise UserError(f"`machine.executor` is dask://{address}, and Dask is not here: pip install -e '.[dask]'.") from None
     try:
         client = Client(f"tcp://{address}", timeout=PATIENCE_SECONDS)
     except (OSError, TimeoutError) as error:

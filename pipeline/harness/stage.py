@@ -2,8 +2,9 @@
 
     python -m pipeline.stages.<stage> [<entry>] --<input> PATH ... --out PATH
 
-A stage module is a pure function of typed params and paths; this module reads params.yaml, gives the seed, the machine, a
-scratch folder and a journal to a `run` that asks for them, stamps the artifacts with their origin, and writes the metrics file.
+A stage module is a pure function of typed params and paths. This module reads params.yaml and gives a `run` what it asks for: the
+seed, the machine, a working folder, a journal, or all four as its `job`. It stamps the artifacts with their origin, and writes
+the metrics file.
 """
 
 import argparse
@@ -28,16 +29,18 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.errors import UserError
-from pipeline.harness import ranks
+from pipeline.harness import ranks, reference
+from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal, open_journal
 from pipeline.harness.machine import Machine
 from pipeline.store import artifact
 from pipeline.store import params as parameters
+from pipeline.store.params import Section
 
 Metrics = Mapping[str, Any]
 """JSON values by name; deterministic for the same inputs (timings belong into the journal)."""
 
-SCRATCH = Path(".scratch")
+WORK = Path(".scratch")
 INERT = ("pipeline.harness", "pipeline.tracking", "pipeline.errors")
 """What cannot change a result: rooms and modules that no stage is stale for."""
 PARAMS_FILE = Path("params.yaml")
@@ -76,10 +79,13 @@ def main(run: Callable[..., Metrics], parallel: bool = False, gathers: str | Non
 def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers: str | None) -> None:
     stage = Path(inspect.getfile(run)).stem
     hints = get_type_hints(run)
-    paths = [name for name in inspect.signature(run).parameters if hints.get(name) is Path and name != "scratch"]
-    args = _parse(stage, inspect.getdoc(run) or "", paths, argv)
+    wanted = hints.keys() | (Job._fields if "job" in hints else ())
+    paths = [name for name in inspect.signature(run).parameters if hints.get(name) is Path and name != "workdir"]
+    args = _parse(stage, inspect.getdoc(run) or "", paths, hints["params"], argv)
     keys = (stage, args.entry) if args.entry else (stage,)
     file = Path(args.params)
+    if "DVC_ROOT" in os.environ and (wrong := parameters.lacking(parameters.read(file))):
+        raise parameters.ParamsError(f"{file}: " + "\n".join(wrong))  # DVC would say so hours later, at the stage that needs it
     params = parameters.load(file, hints["params"], keys)
     machine = parameters.load(file, Machine, ("machine",)) if "machine" in parameters.read(file) else Machine()
     if machine.executor != "local" and run.__module__ == "__main__":
@@ -89,28 +95,30 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         ranks.launch(machine.processes, f"pipeline.stages.{stage}", argv)
     first = ranks.is_first()
     artifact.discard.set(not first)
-    given = {name: Path(getattr(args, name)) for name in paths}
-    outs = {name: path for name, path in given.items() if is_out(name)}
-    inputs = {name: path for name, path in given.items() if not is_out(name)}
+    named = {name: Path(getattr(args, name)) for name in paths}
+    outs = {name: path for name, path in named.items() if is_out(name)}
+    inputs = {name: path for name, path in named.items() if not is_out(name)}
     injected: dict[str, Any] = {"machine": machine}
     if gathers is not None:
         injected["entries"] = tuple(parameters.read(file).get(gathers) or ())
     record = _record(stage, args.entry, params.model_dump(mode="json"), inputs, injected.get("entries", ()))
-    if "seed" in hints:
+    if "seed" in wanted:
         record["seed"] = injected["seed"] = parameters.load_seed(file)
     record["key"] = _key(record)
     name = ".".join(keys)
     with _only_one(name) if first else contextlib.nullcontext():
-        scratch = SCRATCH / name / record["key"][:16]
-        injected["scratch"] = scratch
-        if "scratch" in hints:
-            scratch.mkdir(parents=True, exist_ok=True)
+        workdir = WORK / name / record["key"][:16]
+        injected["workdir"] = workdir
+        if "workdir" in wanted:
+            workdir.mkdir(parents=True, exist_ok=True)
         artifact.provenance.set(record)
-        journal = injected["journal"] = open_journal(record, SCRATCH / "journal", gathers is not None) if first else Journal()
+        journal = injected["journal"] = open_journal(record, WORK / "journal", gathers is not None) if first else Journal()
+        if "job" in wanted:
+            injected["job"] = Job(**{name: injected[name] for name in Job._fields})
         random.seed(0)
         start = time.monotonic()
         try:
-            metrics = dict(run(params, **given, **{k: v for k, v in injected.items() if k in hints}))
+            metrics = dict(run(params, **named, **{k: v for k, v in injected.items() if k in hints}))
             metrics_file = Path("data", stage, f"{args.entry}.json") if args.entry else Path("data", stage, "metrics.json")
             if first:
                 with artifact.writing_file(metrics_file) as tmp:
@@ -121,7 +129,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         journal.log(seconds=time.monotonic() - start)
         journal.finish("FINISHED", metrics, list(outs.values()))
         if first:
-            shutil.rmtree(SCRATCH / name, ignore_errors=True)
+            shutil.rmtree(WORK / name, ignore_errors=True)
             _say(name, metrics, time.monotonic() - start)
 
 
@@ -130,8 +138,8 @@ def _importable(run: Callable[..., Metrics]) -> Callable[..., Metrics]:
     spec = sys.modules["__main__"].__spec__
     if spec is None or run.__module__ != "__main__":
         return run
-    found: Callable[..., Metrics] = getattr(importlib.import_module(spec.name), run.__name__)
-    return found
+    importable: Callable[..., Metrics] = getattr(importlib.import_module(spec.name), run.__name__)
+    return importable
 
 
 def is_out(name: str) -> bool:
@@ -139,8 +147,16 @@ def is_out(name: str) -> bool:
     return name == "out" or name.endswith("_out")
 
 
-def _parse(stage: str, doc: str, paths: list[str], argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m pipeline.stages.{stage}", description=doc.split("\n\n")[0])
+def _parse(stage: str, doc: str, paths: list[str], params: type[Section], argv: list[str]) -> argparse.Namespace:
+    where = stage if stage in parameters.SINGLE else f"{stage}.<entry>"
+    params = getattr(sys.modules["__main__"], params.__name__, params)  # pydantic finds no texts in a module's second import
+    keys = "\n".join(f"  {line}" for line in reference.text(params))
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipeline.stages.{stage}",
+        description=doc.split("\n\n")[0],
+        epilog=f"keys of {where} in params.yaml, each with its type and default:\n\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("entry", nargs="?", help=f"the entry of the section `{stage}` of the params file, where it has entries")
     for name in paths:
         parser.add_argument(f"--{name.replace('_', '-')}", required=True, metavar="PATH")
@@ -191,7 +207,7 @@ class _only_one:
         self.name = name
 
     def __enter__(self) -> None:
-        folder = SCRATCH / "locks"
+        folder = WORK / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / self.name).open("a")
         try:
@@ -222,4 +238,4 @@ def _stop(message: str, code: int) -> None:
     sys.exit(code)
 
 
-__all__ = ["Journal", "Metrics", "is_out", "main"]
+__all__ = ["Job", "Journal", "Metrics", "is_out", "main"]

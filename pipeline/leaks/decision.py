@@ -16,23 +16,21 @@ from pipeline.store.params import Section
 
 
 class Dedup(Section):
-    """What happens to what the leak check finds; every finding is in `leaks.parquet` whatever is set here.
-
-    `strictness`, for the question whether look-alikes of validation images are a fair choice: `none` removes nothing that the
-    check finds, `leaks` removes copies, `near` and `nearer` also images that correlate with a validation image (or its mirror
-    image) by at least ALIKE as grey thumbnails of 16 x 16 pixels.
-    `review`: images that share features with a validation image but not enough pixels for certainty.
-    `unverifiable`: images with too few features to be checked, or that cannot be decoded.
-    `train`: look for validation images among the labelled ones too, and `report` them, or `remove` them by the same rules as
-    those of the pool (but for look-alikes, which are looked for in the pool only).
-    `duplicates`: copies within the pool: `keep` does not look for them, `collapse` keeps the largest of each group.
-    """
+    """What happens to what the leak check finds; every finding is in `leaks.parquet` whatever is set here."""
 
     strictness: Literal["none", "leaks", "near", "nearer"] = "leaks"
+    """`none` removes nothing that the check finds, `leaks` removes copies. `near` and `nearer` also remove images that
+    correlate with a validation image (or its mirror image) by at least 0.9 and 0.8 as grey thumbnails of 16 x 16 pixels: for
+    the question whether look-alikes are a fair choice."""
     review: Literal["keep", "remove"] = "keep"
+    """Images that share features with a validation image, but not enough pixels for certainty."""
     unverifiable: Literal["keep", "remove"] = "keep"
+    """Images with too few features to be checked, or that cannot be decoded."""
     train: Literal["report", "skip", "remove"] = "report"
+    """Look for validation images among the labelled ones too, and report them, or remove them by the rules of the pool (but for
+    look-alikes, which are looked for in the pool only)."""
     duplicates: Literal["keep", "collapse"] = "keep"
+    """Copies within the pool: `keep` does not look for them, `collapse` keeps the largest of each group."""
 
 
 ALIKE = {"near": 0.9, "nearer": 0.8}

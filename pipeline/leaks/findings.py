@@ -1,8 +1,12 @@
 """The format of findings: one row for each image found in another."""
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+FILE = "leaks.parquet"
 
 FINDINGS = pa.schema(
     [
@@ -22,6 +26,17 @@ FINDINGS = pa.schema(
 )
 
 Row = dict[str, Any]
+
+
+def write(folder: Path, audit: pa.Table) -> None:
+    """Write the decided findings into the artifact being made at `folder`."""
+    pq.write_table(audit, folder / FILE, compression="zstd")
+
+
+def read(folder: Path) -> pa.Table:
+    """The decided findings of the artifact `folder`."""
+    return pq.read_table(folder / FILE)
+
 
 TOO_FEW, UNDECODABLE = "too few features", "cannot be decoded"
 

@@ -22,29 +22,32 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class TwoViews(Section):
-    """How each of an image's two views is drawn: crop, flip, colour, grey, blur, in this order.
-
-    `scale`, `ratio`: share of the area and aspect of the crop. `strength`: s of SimCLR's colour jitter, 1 for ImageNet, 0.5 for
-    CIFAR: with probability `jitter`, brightness, contrast and saturation are scaled by 1 +- 0.8 s, and the hue is turned by
-    up to +- 0.2 s of the circle. `grey`, `blur`: probabilities; the blur's sigma is 0.1 to 2 pixels (SimCLR: blur 0.5, none
-    for CIFAR).
-    """
+    """How each of an image's two views is drawn: crop, flip, colour, grey, blur, in this order (SimCLR, appendix A)."""
 
     scale: tuple[float, float] = (0.08, 1.0)
+    """The smallest and the largest share of the canvas's area that a crop has."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """The smallest and the largest aspect of a crop, width by height."""
     flip: bool = True
+    """Mirror half of the views."""
     strength: Annotated[float, Field(ge=0, le=1.25)] = 0.5
+    """s of SimCLR's colour jitter: brightness, contrast and saturation are scaled by 1 ± 0.8 s, the hue is turned by up to ±
+    0.2 s of the circle. 1 for ImageNet, 0.5 for CIFAR."""
     jitter: Share = 0.8
+    """How probable that jitter is."""
     grey: Share = 0.2
+    """How probable a grey view is."""
     blur: Share = 0.0
+    """How probable a blur is, of sigma 0.1 to 2 pixels. SimCLR: 0.5, none for CIFAR."""
 
 
 class Memory(Section):
-    """MoCo's memory as SimCLRv2 adds it: the last `size` outputs of a moving average of the network (decay `ema`) are further
-    negatives of every view."""
+    """MoCo's memory as SimCLRv2 adds it: outputs of a moving average of the network are further negatives of every view."""
 
     size: PositiveInt = 65_536
+    """How many outputs, the last ones, one per image."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the moving average."""
 
 
 def nt_xent(projected: Tensor, temperature: float, memory: Tensor | None = None) -> Tensor:

@@ -44,7 +44,7 @@ def boxes(draws: Uniform, aspects: Tensor, scale: tuple[float, float], ratio: tu
 def resampled(batch: Tensor, crops: Tensor, size: int, flip: Tensor) -> Tensor:
     """(B, 3, S, S) canvases -> (B, 3, size, size) float32: each crop, bilinear with antialiasing, mirrored where `flip` says so.
 
-    `crops`: (B, 4) as from `boxes`. Two matrix products: each output row is a weighted mean of the crop's rows, then so the columns.
+    `crops`: (B, 4) as from `boxes`. Two matrix products: output rows are weighted means of the crop's rows, columns of columns.
     """
     x, y, width, height = crops.to(batch.device).unbind(1)
     rows = _weights(y, height, batch.shape[-2], size)

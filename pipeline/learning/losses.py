@@ -13,22 +13,20 @@ from pipeline.store.params import Section
 class SoftLoss(Section):
     """Which divergence pulls the student's q = softmax(s/T) to the teacher's p = softmax(t/T).
 
-    `sym_kl`: 1/2 KL(p||q) + 1/2 KL(q||p), what SSLD's code computes and calls JS. `js`: 1/2 KL(p||m) + 1/2 KL(q||m), m =
-    (p+q)/2, the true Jensen-Shannon divergence; near agreement its gradient is a quarter of KL's, so `weight` 4 compares like
-    with like. `kl`: KL(p||q). `soft_ce`: -sum p log q. Each is summed over classes, averaged over the batch, and multiplied by
-    T^2, which keeps the size of the gradient independent of T (Hinton et al. 2015, section 2), and by `weight`.
-
-    `dist` (Huang et al. 2022, section 3): 1 - r(p, q) of the probabilities of each image, averaged over the batch, plus 1 - r of
-    each class over the images of the batch (or of a process's part of it). r is Pearson's correlation. No scale of p or q changes
-    it, so T^2 has no place here.
-
-    SimCLRv2 distils with `soft_ce`, at T = 0.1 to a network of the same kind and 1 to a smaller one. Its equation has no T^2: a
-    `weight` of 1 / T^2 takes that out; under LARS, which it uses, no such factor matters.
+    Summed over classes, averaged over the batch, multiplied by `weight` and by T^2, which keeps the size of the gradient
+    independent of T (Hinton et al. 2015, section 2). SimCLRv2's equation has no T^2; under LARS, which it uses, no such factor
+    matters. Nor is `dist` multiplied by it.
     """
 
     name: Literal["sym_kl", "js", "kl", "soft_ce", "dist"] = "sym_kl"
+    """`sym_kl`: 1/2 KL(p||q) + 1/2 KL(q||p), what SSLD's code computes and calls JS. `js`: 1/2 KL(p||m) + 1/2 KL(q||m), m =
+    (p+q)/2, the true Jensen-Shannon divergence; near agreement its gradient is a quarter of KL's. `kl`: KL(p||q). `soft_ce`:
+    -sum p log q, SimCLRv2's. `dist` (Huang et al. 2022, section 3): 1 - r(p, q) of the probabilities of each image, averaged,
+    plus 1 - r of each class over the images of the batch; r is Pearson's correlation, which has no scale."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """T. SimCLRv2 has 0.1 to a network of the same kind and 1 to a smaller one."""
     weight: Annotated[float, Field(gt=0)] = 1.0
+    """A factor: 4 with `js` compares like with like, 1 / T^2 gives SimCLRv2's equation."""
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(N, C) logits of student and teacher -> scalar."""

@@ -1,28 +1,21 @@
 """Where soft labels come from: a network that looks at each view, or a table of what it said about views that can be made again.
 
-The table (an artifact of the stage `label`) holds, for each of V views of each image, the teacher's m best classes and their
-log-probabilities. A view is a function of (seed, number of the view, row), so the seed is all that is kept of it.
+The table is an artifact of the stage `label`; `labels` has its format.
 """
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.learning import views
+from pipeline.learning import labels, views
 from pipeline.learning.views import Batch
-from pipeline.models import network, prediction
+from pipeline.models import inputs, network, prediction
 from pipeline.models.device import Device
 from pipeline.store import artifact, manifest
-
-FILE = "labels.parquet"
 
 
 class LabelsError(UserError):
@@ -37,7 +30,7 @@ def read(
     `statistics`: what a network normalises with, its own or those of each batch. Raises CheckpointError, ArtifactError,
     LabelsError.
     """
-    if (folder / FILE).is_file():
+    if (folder / labels.FILE).is_file():
         artifact.verify(folder)
         return Cached(folder, classes, seen, on, statistics)
     return Online(folder, classes, on, statistics)
@@ -46,28 +39,28 @@ def read(
 class Online:
     """A network in the loop, in memory only: no parent's `.train()` reaches it, and nothing of it is saved.
 
-    `side` and `size` are of the canvases and views it needs, `training` says how it came about, `networks` (each with its input
-    size) run beside the student.
+    `size` is that of the views it needs, `training` says how it came about, `networks` (each with its input
+    size) run beside the student. `view` is the one to train on where params name none.
     """
 
     def __init__(self, folder: Path, classes: tuple[str, ...], on: Device, statistics: str = "eval") -> None:
-        model, description, self.given = network.load(folder, classes)
-        self.side, self.size, self.training = self.given.side, self.given.size, description.training
+        model, description, self.input_spec = network.load(folder, classes)
+        self.size, self.training = self.input_spec.size, description.training
         self.model, self.on = on.place(_frozen(model, statistics)), on
-        self.networks = [(self.model, self.size)]
+        self.networks, self.view = [(self.model, self.size)], views.View()
 
-    def canvas(self, side: int) -> int:
-        """The side of the canvases that the views are made from, for a student that would take `side`."""
-        return max(side, self.side)
+    def canvas(self, student: inputs.Input, whole: bool) -> int:
+        """The side of the canvases that the views are cut from; `whole`: see `inputs.load`."""
+        return max(student.canvas_of(whole), self.input_spec.canvas_of(whole))
 
-    def viewer(self, size: int, view: views.View | None, seed: int, mix: views.Mix | None = None) -> views.Views:
-        """The views of `size` pixels of a training; `view`: as the params ask for, None where they do not."""
-        return views.viewer(size, view or views.View(), seed, mix)
+    def viewer(self, size: int, view: views.View, seed: int, aspects: np.ndarray, mix: views.Mix | None = None) -> views.Views:
+        """The views of `size` pixels of a training; `aspects`: (N,) width over height of the images."""
+        return views.viewer(size, view, seed, aspects, mix)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """(B, C) float32 on the device, without gradient; their softmax is what the student is taught."""
-        return prediction.forward(self.model, batch.views, self.given, self.on)
+        return prediction.forward(self.model, batch.views, self.input_spec, self.on)
 
 
 class Cached:
@@ -77,38 +70,36 @@ class Cached:
     """
 
     def __init__(self, folder: Path, classes: tuple[str, ...], seen: manifest.Manifest, on: Device, statistics: str) -> None:
-        table = pq.read_table(folder / FILE)
-        facts = json.loads(table.schema.metadata[b"facts"])
-        if tuple(facts["classes"]) != classes:
+        kept = labels.read(folder)
+        facts = kept.facts
+        if facts.classes != classes:
             raise LabelsError(f"{folder} has labels of other classes than the training images. Remake it: `dvc repro`.")
-        if not table["id"].equals(seen.table["id"]):
+        if not kept.ids.equals(seen.table["id"]):
             raise LabelsError(
-                f"{folder} has labels of {len(table):,} images, which are not the {len(seen):,} to learn on. "
+                f"{folder} has labels of {len(kept.ids):,} images, which are not the {len(seen):,} to learn on. "
                 "Its entry of `label` must name the same `images`, and the same `labelled`."
             )
         if statistics != "eval":
             raise LabelsError(f"`teacher_bn: {statistics}` needs a teacher in the loop, but {folder} holds cached labels.")
-        self.side, self.size, self.training = facts["side"], facts["size"], facts["training"]
-        self.seed, self.view, self.views = facts["seed"], views.View.model_validate(facts["view"]), facts["views"]
+        self.side, self.size, self.training = facts.side, facts.size, facts.training
+        self.seed, self.view, self.views = facts.seed, facts.view, facts.views
         self.count, self.folder, self.on = len(classes), folder, on
         self.networks: list[tuple[nn.Module, int]] = []
-        shape = (len(table), self.views, -1)
-        self.classes = _flat(table["classes"]).reshape(shape)  # N, V, m
-        self.log_p = _flat(table["log_p"]).reshape(shape)  # N, V, m
+        self.classes, self.log_p = kept.classes, kept.log_p  # N, V, m
 
-    def canvas(self, side: int) -> int:
+    def canvas(self, student: inputs.Input, whole: bool) -> int:
         """Always that of the labels: from another one the same draws make other views."""
         return self.side
 
-    def viewer(self, size: int, view: views.View | None, seed: int, mix: views.Mix | None = None) -> views.Views:
-        """As `Online.viewer`; raises LabelsError for views that were not labelled."""
-        if view is not None and view != self.view:
-            raise LabelsError(f"`view` is not the one that {self.folder} was made for: leave it out, or repeat that one.")
+    def viewer(self, size: int, view: views.View, seed: int, aspects: np.ndarray, mix: views.Mix | None = None) -> views.Views:
+        """The labelled views, in turns (see `Online.viewer`). Raises LabelsError for any others."""
+        if view != self.view:
+            raise LabelsError(f"`view` is not the one that {self.folder} was made for: name that one.")
         if mix:
             raise LabelsError(f"`mix` makes views that nobody has labelled: {self.folder} holds labels of single images.")
         if size != self.size:
             raise LabelsError(f"the student takes {size} pixels, the labels of {self.folder} are of views of {self.size}.")
-        inner = views.viewer(size, self.view, self.seed)
+        inner = views.viewer(size, self.view, self.seed, aspects)
         return lambda raw, rows, passes: inner(raw, rows, passes % self.views)
 
     def logits(self, batch: Batch) -> Tensor:
@@ -118,20 +109,6 @@ class Cached:
         best = torch.from_numpy(self.classes[batch.rows, view].astype(np.int64))
         left = (1 - log_p.exp().sum(1, keepdim=True)).clamp_min(1e-9) / max(1, self.count - log_p.shape[1])
         return left.log().repeat(1, self.count).scatter_(1, best, log_p).to(self.on.device)
-
-
-def columns(logits: Sequence[Tensor], m: int) -> dict[str, pa.Array]:
-    """The columns of a table of labels from the (N, C) float32 logits of each view: `classes` and `log_p`, V x m an image."""
-    log_p, best = torch.stack(list(logits), 1).log_softmax(2).topk(m)  # N, V, m
-    width = len(logits) * m
-    return {
-        "classes": pa.FixedSizeListArray.from_arrays(pa.array(best.numpy().astype(np.uint16).ravel()), width),
-        "log_p": pa.FixedSizeListArray.from_arrays(pa.array(log_p.numpy().astype(np.float16).ravel()), width),
-    }
-
-
-def _flat(column: pa.ChunkedArray) -> np.ndarray:
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
 def _frozen(model: nn.Module, statistics: str) -> nn.Module:

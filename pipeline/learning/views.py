@@ -19,24 +19,29 @@ Views = Callable[[torch.Tensor, np.ndarray, np.ndarray], torch.Tensor]
 
 
 class View(Section):
-    """How a training view is cut from a canvas, batched on the device.
-
-    `shift`: up to `pad` pixels in each direction, reflected at the border (CIFAR's crop). `crop`: a square of `scale` of the
-    area at a random place, resized (random resized crop without aspect change). `none`: the centre. `flip`: mirror half of the
-    views. `brightness`, `contrast`, `saturation`: each scaled by 1 +- up to this much. `randaugment`: so many of its operations,
-    one after the other, each drawn for each image (Cubuk et al. 2020), at `magnitude` (0..1).
-    """
+    """How a training view is cut from a canvas, batched on the device."""
 
     kind: Literal["shift", "crop", "none"] = "shift"
+    """`shift`: moved by up to `pad` pixels (CIFAR's crop). `crop`: random resized crop of the whole image,
+    antialiased, for photographs. `none`: the centre. All but `crop` see the central square of an image alone."""
     pad: NonNegativeInt = 4
+    """The largest move of `shift` in each direction, in pixels, reflected at the border."""
     scale: tuple[float, float] = (0.35, 1.0)
+    """The smallest and the largest share of the image's area that `crop` takes."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """The narrowest and the widest crop, width over height."""
     flip: bool = True
+    """Mirror half of the views."""
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Scale it by 1 ± up to this much."""
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Scale it by 1 ± up to this much."""
     saturation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Scale it by 1 ± up to this much."""
     randaugment: NonNegativeInt = 0
+    """How many operations of RandAugment, one after the other, each drawn for each image (Cubuk et al. 2020); 0: none."""
     magnitude: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """How strong RandAugment's operations are: 0..1."""
 
     @property
     def whole(self) -> bool:
@@ -45,14 +50,16 @@ class View(Section):
 
 
 class Mix(Section):
-    """Mixing of the views of neighbours in a batch, which are shuffled, by a share from Beta(alpha, alpha): 0 is off.
+    """Mixing of the views of neighbours in a batch, which are shuffled. With both, a coin is thrown for each pair.
 
-    `mixup` (Zhang et al. 2018) blends two views, `cutmix` (Yun et al. 2019) pastes a rectangle of one into the other; with both,
-    a coin is thrown for each pair. No label is mixed: a teacher looks at the mixed view.
+    No label is mixed: a teacher looks at the mixed view.
     """
 
     mixup: NonNegativeFloat = 0.0
+    """alpha: blend two views, by a share from Beta(alpha, alpha) (Zhang et al. 2018); 0: off."""
     cutmix: NonNegativeFloat = 0.0
+    """alpha: paste a rectangle of one view into the other, of a share of the area from Beta(alpha, alpha) (Yun et al. 2019); 0:
+    off."""
 
     def __bool__(self) -> bool:
         return bool(self.mixup or self.cutmix)
@@ -84,9 +91,9 @@ class Draws:
 
     def of(self, part: slice) -> "Draws":
         """The draws to come of some of the images."""
-        found = copy.copy(self)
-        found.key = self.key[part]
-        return found
+        draws = copy.copy(self)
+        draws.key = self.key[part]
+        return draws
 
     def beta(self, alpha: float) -> torch.Tensor:
         """(B,) float32 from Beta(alpha, alpha) on the CPU: the next draw of each image."""
@@ -104,7 +111,7 @@ def _mixed(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def viewer(size: int, view: View, seed: int, mix: Mix | None = None, aspects: np.ndarray | None = None) -> Views:
+def viewer(size: int, view: View, seed: int, aspects: np.ndarray | None = None, mix: Mix | None = None) -> Views:
     """Make the views of an ordinary training: one of `size` pixels of each canvas, another one in each pass.
 
     `aspects`: (N,) width over height of all images, where canvases hold whole images (`View.whole`); None: they are square.

@@ -35,10 +35,10 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
     """
     options = dict(options or {})
     if arch == ENSEMBLE:
-        return Ensemble(classes, **options)
+        return EnsembleNetwork(classes, **options)
     if exits.OPTION in options:
         trunk = create(arch, classes, exits.plain(options), pretrained)
-        return exits.given(trunk, classes, options[exits.OPTION])
+        return exits.with_exits(trunk, classes, options[exits.OPTION])
     if head_layers := options.pop("head_layers", 0):
         return HeadedClassifier(create(arch, 0, options, pretrained), head_layers, classes)
     try:
@@ -73,7 +73,7 @@ def _timm(arch: str, classes: int, options: dict[str, Any], pretrained: bool) ->
 
 def heads(model: nn.Module) -> tuple[str, ...]:
     """The names of the classifier layers, which a model started from other classes does not take over."""
-    if isinstance(model, Ensemble):
+    if isinstance(model, EnsembleNetwork):
         return tuple(f"members.{i}.{name}" for i, member in enumerate(model.members) for name in heads(member))
     if isinstance(model, exits.Exits | exits.Cut):
         own = (f"trunk.{name}" for name in heads(model.trunk)) if isinstance(model, exits.Exits) else ()
@@ -218,7 +218,7 @@ def zero_classifier(model: nn.Module) -> None:
                 parameter.zero_()
 
 
-class Ensemble(nn.Module):
+class EnsembleNetwork(nn.Module):
     """The mean of the probabilities of `members`, as log-probabilities: (B, 3, size, size) of 0..1 -> (B, classes).
 
     A member is described by its `arch` and `options`, and by the `size`, `mean` and `std` of the input that it was trained on.

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import UserError
+from pipeline.models.inputs import Input
 from pipeline.store import artifact
 
 WEIGHTS, DESCRIPTION, HISTORY = "model.safetensors", "model.json", "history.json"
@@ -22,14 +23,14 @@ class CheckpointError(UserError):
 class Description:
     """What stands in model.json: all that is needed to use the weights.
 
-    `arch` and `options` make the network (`models.create`), `input` is what it takes (`images.Input` as a dict), `training`
-    says how it came about. A model pre-trained without labels has no `classes` and is an encoder with the `projection` head of
-    so many `layers` and `out`puts.
+    `arch` and `options` make the network (`architectures.create`), `input` is what it takes, `training` says how it came about.
+    A model pre-trained without labels has no `classes`: it is an encoder with the `projection` head of so many `layers` and
+    `out`puts.
     """
 
     arch: str
     classes: tuple[str, ...]
-    input: dict[str, Any]
+    input: Input
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     projection: dict[str, int] | None = None
@@ -37,7 +38,7 @@ class Description:
     def trained(self, steps: int, batch: int, labelled: int, unlabelled: int, note: str | None, *, macs: int) -> "Description":
         """The description after further training: steps and compute add up, and images seen in an earlier training stay seen.
 
-        `macs`: the multiply-accumulates that an image of a step costs (`models.macs_of_training`).
+        `macs`: the multiply-accumulates that an image of a step costs (`architectures.macs_of_training`).
         """
         before = self.training
         facts = {
@@ -55,7 +56,8 @@ def save(folder: Path, model: torch.nn.Module, description: Description, history
     """Write the files of a model directory into the artifact being written at `folder`."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(state, folder / WEIGHTS)
-    (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
+    stored = {**asdict(description), "input": description.input.model_dump(mode="json")}
+    (folder / DESCRIPTION).write_text(json.dumps(stored, indent=1) + "\n")
     (folder / HISTORY).write_text(json.dumps(history) + "\n")
 
 
@@ -64,7 +66,7 @@ def describe(folder: Path) -> Description:
     artifact.verify(folder)
     try:
         raw = json.loads((folder / DESCRIPTION).read_text())
-        return Description(**{**raw, "classes": tuple(raw["classes"])})
+        return Description(**{**raw, "classes": tuple(raw["classes"]), "input": Input.model_validate(raw["input"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder} is not a model directory: {DESCRIPTION} cannot be used ({error}).") from error
 
@@ -106,14 +108,14 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str, sk
     Raises CheckpointError naming the parameters that are missing, left over, or of another shape.
     """
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(skip) or not skip}
-    given = {k: v for k, v in state.items() if not k.startswith(skip) or not skip}
+    kept = {k: v for k, v in state.items() if not k.startswith(skip) or not skip}
     optional = {k for k in wanted if k.endswith("num_batches_tracked")}
-    missing = sorted(wanted.keys() - given.keys() - optional)
-    extra = sorted(given.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - kept.keys() - optional)
+    extra = sorted(kept.keys() - wanted.keys())
     shapes = [
-        f"{k} is {tuple(given[k].shape)}, the model's {tuple(wanted[k].shape)}"
-        for k in sorted(wanted.keys() & given.keys())
-        if given[k].shape != wanted[k].shape
+        f"{k} is {tuple(kept[k].shape)}, the model's {tuple(wanted[k].shape)}"
+        for k in sorted(wanted.keys() & kept.keys())
+        if kept[k].shape != wanted[k].shape
     ]
     problems = [
         f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
@@ -125,4 +127,4 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str, sk
             f"{source} does not fit the model. Parameters {'; '.join(problems)}. "
             "Name the architecture and options it was trained with."
         )
-    model.load_state_dict(given, strict=False)
+    model.load_state_dict(kept, strict=False)

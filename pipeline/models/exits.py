@@ -26,7 +26,7 @@ class Exited(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Of a stage's output, for an image of 64 pixels."""
+    """The size of a stage's output, for an image of 64 pixels."""
 
     channels: int
     side: int
@@ -105,7 +105,7 @@ class Stacked(nn.Module):
         return torch.stack(self.whole(x, self.last).logits, 1)
 
 
-class Ensemble(nn.Module):
+class ExitEnsemble(nn.Module):
     """All exits as one classifier: (B, 3, S, S) -> (B, classes) logarithms of the mean of their probabilities."""
 
     def __init__(self, whole: Exits) -> None:
@@ -183,7 +183,7 @@ def bottleneck(channels: int, out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def given(trunk: nn.Module, classes: int, option: Any) -> nn.Module:
+def with_exits(trunk: nn.Module, classes: int, option: Any) -> nn.Module:
     """`trunk` with the exits that the option asks for. Raises ExitError."""
     if option == "all":
         return Exits(trunk, classes)
@@ -203,7 +203,7 @@ def are_all(options: dict[str, Any]) -> bool:
 
 
 def deepest(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of the parameters of an `Exits`, those of its trunk, by the names they have there: an ordinary classifier."""
+    """The parameters of the trunk of an `Exits`, by the names they have there: an ordinary classifier."""
     return {name.removeprefix("trunk."): tensor for name, tensor in state.items() if name.startswith("trunk.")}
 
 
@@ -226,7 +226,7 @@ def _stages(trunk: nn.Module) -> list[nn.Module]:
 
 
 def _shapes(trunk: nn.Module) -> list[Shape]:
-    """Of the stages' outputs. Raises ExitError for a network that is not built as timm builds ResNets."""
+    """The shapes of the stages' outputs. Raises ExitError for a network that is not built as timm builds ResNets."""
     names = [name for name, _ in trunk.named_children()]
     if "layer2" not in names or "conv1" not in names or not hasattr(trunk, "forward_head"):
         raise ExitError(

@@ -4,15 +4,16 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.harness import progress
+from pipeline.harness.machine import Machine
 from pipeline.store import manifest
 from pipeline.store.decode import ImageRefused, decode
 from pipeline.store.params import Section
@@ -87,13 +88,14 @@ class OnDisk:
         return torch.from_numpy(np.concatenate(list(done))).permute(0, 3, 1, 2)
 
 
-def load(images: manifest.Manifest, side: int, workers: int, memory_gb: float, label: str, whole: bool = False) -> Pixels:
-    """Decode images to square canvases of `side` pixels: in memory if they need at most `memory_gb`, else on demand.
+def load(images: manifest.Manifest, side: int, machine: Machine, label: str, whole: bool = False) -> Pixels:
+    """Decode images to square canvases of `side` pixels: in memory if `machine` lets them, else on demand.
 
-    `whole`: canvases hold the whole image, squeezed, to cut crops from; otherwise its central square.
-    Raises ManifestError or ImageRefused, naming the image, if one cannot be read any more.
+    `whole`: canvases hold the whole image, squeezed, to cut crops from; otherwise its central square. `label` stands before the
+    progress. Raises ManifestError or ImageRefused, naming the image, if one cannot be read any more.
     """
-    if len(images) * side * side * 3 > memory_gb * 1e9:
+    workers = machine.cores(machine.workers)
+    if len(images) * side * side * 3 > machine.memory_gb * 1e9:
         return OnDisk(images, side, workers, whole)
     decoded = np.empty((len(images), side, side, 3), np.uint8)
     chunks = np.array_split(np.arange(len(images)), max(1, len(images) // 256))
@@ -129,19 +131,29 @@ def ahead(make: Callable[[int], torch.Tensor], steps: Sequence[int] | range, dep
 
 
 class Input(Section):
-    """What a model takes: a square of `size` pixels, cut from canvases of `canvas` pixels (0: `size`), normalised per channel.
-
-    `mean` and `std` are of RGB scaled to 0..1.
-    """
+    """What a network takes: a square of an image, normalised per channel."""
 
     size: PositiveInt
+    """Side of the square, in pixels."""
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How much of an image's short side the central square covers, where no view is drawn at random. The short side is resized to
+    `size` / `crop` pixels; timm calls it crop_pct."""
     canvas: NonNegativeInt = 0
+    """Side, in pixels, to which whole images are squeezed before random crops are cut from them; at least `size` / `crop`. More
+    keeps more detail of small crops, and takes more memory."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from RGB scaled to 0..1. The default is ImageNet's."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """What RGB scaled to 0..1, less `mean`, is divided by. The default is ImageNet's."""
 
     @property
     def side(self) -> int:
-        return self.canvas or self.size
+        """Pixels of the short side that the central square is cut from."""
+        return round(self.size / self.crop)
+
+    def canvas_of(self, whole: bool) -> int:
+        """Side of the canvases that training views are cut from: of whole images, or of their central squares."""
+        return max(self.canvas, self.side) if whole else self.side
 
 
 def normalise(batch: torch.Tensor, to: Input) -> torch.Tensor:

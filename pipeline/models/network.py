@@ -16,18 +16,22 @@ SCRATCH = "scratch"
 
 
 class Network(Section):
-    """An architecture of `architectures.create` with its options, its input, and whose weights it starts from.
+    """An architecture with its options, its input, and whose weights it starts from.
 
-    `pretrained`: the weights that timm or torchvision publish for `arch`. `source_classes`: what the classifier of such
-    weights, or of a checkpoint file given as `init`, tells apart: the class names in its order, or `train` for the training
-    set's in alphabetical order; null leaves that classifier behind and starts a new one.
+    Where training starts from a model directory, the directory must hold this network; its weights are taken then.
     """
 
     arch: str
+    """`resnet8`, 14, 20, 32, 44, 56 or 110 (for 32 px), `resnet18_3x3` and the like, or any name of timm."""
     input: inputs.Input
+    """What it takes."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """What the architecture takes: the small ResNets `width`, `shortcut` (A or B) and `stem_stride`, others timm's options."""
     pretrained: Literal["timm", "torchvision"] | None = None
+    """Start from the weights that timm or torchvision publish for `arch`."""
     source_classes: Literal["train"] | tuple[str, ...] | None = None
+    """What the classifier of such weights, or of a checkpoint file given as `init`, tells apart: the class names in its order,
+    or `train` for the training set's in alphabetical order. null leaves that classifier behind and starts a new one."""
 
 
 def start(
@@ -40,24 +44,24 @@ def start(
 ) -> tuple[nn.Module, Description]:
     """The network at the start of training, with a classifier in the order of `classes`.
 
-    `init` is a model directory, which brings its own architecture; a checkpoint file for `network` (safetensors, or a .pth/.th
-    that holds only tensors); or data/scratch. A classifier of other classes is left behind. Of a network with several exits the
-    part up to `exit` is taken, by default the deepest. `from_layer`: after which layer of a pre-trained model's projection head
-    the classifier stands, 0 for the encoder alone; it starts at zero. Raises CheckpointError, ModelError, ExitError or
-    ArtifactError.
+    `init` is a model directory, whose network `network` must be (None: whatever it is); a checkpoint file for `network`
+    (safetensors, or a .pth/.th that holds only tensors); or data/scratch. A classifier of other classes is left behind. Of a
+    network with several exits the part up to `exit` is taken, by default the deepest. `from_layer`: after which layer of a
+    pre-trained model's projection head the classifier stands, 0 for the encoder alone; it starts at zero. Raises
+    CheckpointError, ModelError, ExitError or ArtifactError.
     """
     torch.manual_seed(seed)
     if init.is_dir():
-        if network is not None:
-            raise CheckpointError(f"`model` must be left out where training starts from {init}: that model is trained on.")
         described = checkpoint.describe(init)
+        if network is not None:
+            _expect_network(network, described, init)
         if described.projection is not None:
             return _on_projection(described, init, classes, from_layer)
         _refuse_layer(from_layer, init)
-        found, state = _up_to(exit, described, checkpoint.weights(init), init)
-        model = architectures.create(found.arch, len(classes), found.options)
-        _take_over(model, state, str(init), _same(found, classes), classes)
-        return model, replace(found, classes=classes)
+        description, state = _up_to(exit, described, checkpoint.weights(init), init)
+        model = architectures.create(description.arch, len(classes), description.options)
+        _take_over(model, state, str(init), _same(description, classes), classes)
+        return model, replace(description, classes=classes)
     _refuse_layer(from_layer, init)
     if network is None:
         raise CheckpointError(f"`model` is required where `init` is not a model directory but {init}.")
@@ -71,26 +75,26 @@ def start(
         _take_over(
             model, foreign, str(init) if init.name != SCRATCH else str(network.pretrained), _order(network, classes), classes
         )
-    return model, Description(network.arch, classes, network.input.model_dump(mode="json"), dict(network.options))
+    return model, Description(network.arch, classes, network.input, dict(network.options))
 
 
 def start_exits(network: Network | None, init: Path, classes: tuple[str, ...], seed: int) -> tuple[exits.Exits, Description]:
-    """The same with an exit after each stage; of a network that has none yet, the new ones start at random.
+    """What `start` returns, with an exit after each stage; where the network has none yet, the new ones start at random.
 
     The trunk starts with the weights that `start` gives the plain network for the same seed.
     """
-    trunk, found = start(network, init, classes, seed)
-    if exits.OPTION in found.options:
+    trunk, description = start(network, init, classes, seed)
+    if exits.OPTION in description.options:
         raise CheckpointError(
-            f"`{exits.OPTION}: {found.options[exits.OPTION]}` is one exit of a network: self-distillation starts from a network "
-            "without exits, or from one with all of them."
+            f"`{exits.OPTION}: {description.options[exits.OPTION]}` is one exit of a network: self-distillation starts from "
+            "a network without exits, or from one with all of them."
         )
     model = exits.Exits(trunk, len(classes))
     if init.is_dir():
         before = checkpoint.describe(init)
         if exits.are_all(before.options):
             _take_over(model, checkpoint.weights(init), str(init), _same(before, classes), classes)
-    return model, replace(found, options={**found.options, exits.OPTION: "all"})
+    return model, replace(description, options={**description.options, exits.OPTION: "all"})
 
 
 def load(folder: Path, classes: tuple[str, ...], exit: int | None = None) -> tuple[nn.Module, Description, inputs.Input]:
@@ -98,18 +102,18 @@ def load(folder: Path, classes: tuple[str, ...], exit: int | None = None) -> tup
 
     Raises CheckpointError if it does not tell `classes` apart, in that order; ExitError if it has no such exit.
     """
-    found, state = _up_to(exit, _of(folder, classes), checkpoint.weights(folder), folder)
-    model = architectures.create(found.arch, len(classes), found.options)
+    description, state = _up_to(exit, _of(folder, classes), checkpoint.weights(folder), folder)
+    model = architectures.create(description.arch, len(classes), description.options)
     checkpoint.fill(model, state, str(folder))
-    return model, found, inputs.Input.model_validate(found.input)
+    return model, description, description.input
 
 
 def load_exits(folder: Path, classes: tuple[str, ...]) -> exits.Exits | None:
     """The trained network of a model directory with all its exits; None if it has no exits."""
-    found = _of(folder, classes)
-    if not exits.are_all(found.options):
+    description = _of(folder, classes)
+    if not exits.are_all(description.options):
         return None
-    model = architectures.create(found.arch, len(classes), found.options)
+    model = architectures.create(description.arch, len(classes), description.options)
     assert isinstance(model, exits.Exits)
     checkpoint.fill(model, checkpoint.weights(folder), str(folder))
     return model
@@ -117,47 +121,49 @@ def load_exits(folder: Path, classes: tuple[str, ...]) -> exits.Exits | None:
 
 def _of(folder: Path, classes: tuple[str, ...]) -> Description:
     """The description of a model that tells `classes` apart."""
-    found = checkpoint.describe(folder)
-    if found.projection is not None:
+    description = checkpoint.describe(folder)
+    if description.projection is not None:
         raise CheckpointError(
             f"{folder} was pre-trained without labels: it has a projection head but no classifier. Fine-tune it first, by a "
             "`teach` entry with this `init` and `from_layer`, and name that entry."
         )
-    if found.classes != classes:
+    if description.classes != classes:
         raise CheckpointError(
-            f"{folder} knows the classes {_some(found.classes)}, the images the classes {_some(classes)}. "
+            f"{folder} knows the classes {_some(description.classes)}, the images the classes {_some(classes)}. "
             "A teacher and its student, a model and its validation images must have the same."
         )
-    return found
+    return description
 
 
-def _up_to(exit: int | None, found: Description, state: dict[str, Tensor], folder: Path) -> tuple[Description, dict[str, Tensor]]:
+def _up_to(
+    exit: int | None, description: Description, state: dict[str, Tensor], folder: Path
+) -> tuple[Description, dict[str, Tensor]]:
     """The description and the parameters of the ordinary classifier that ends at `exit`."""
-    if not exits.are_all(found.options):
+    if not exits.are_all(description.options):
         if exit is not None:
             raise exits.ExitError(f"`exit` is {exit}, but {folder} has no exits: they come with `self_distil`.")
-        return found, state
+        return description, state
     last = exits.count(state)
     if exit is None or exit == last:
-        return replace(found, options=exits.plain(found.options)), exits.deepest(state)
+        return replace(description, options=exits.plain(description.options)), exits.deepest(state)
     if not 1 <= exit < last:
         raise exits.ExitError(f"`exit` is {exit}, but {folder} has the exits 1 to {last}.")
-    found = replace(found, options={**found.options, exits.OPTION: exit})
-    wanted = architectures.create(found.arch, len(found.classes), found.options).state_dict()
-    return found, {name: tensor for name, tensor in state.items() if name in wanted}
+    description = replace(description, options={**description.options, exits.OPTION: exit})
+    wanted = architectures.create(description.arch, len(description.classes), description.options).state_dict()
+    return description, {name: tensor for name, tensor in state.items() if name in wanted}
 
 
-def _same(found: Description, classes: tuple[str, ...]) -> tuple[str, ...] | None:
+def _same(description: Description, classes: tuple[str, ...]) -> tuple[str, ...] | None:
     """The class names of a model's classifier in its order, if they are `classes`; None where it is left behind."""
-    return found.classes if set(found.classes) == set(classes) else None
+    return description.classes if set(description.classes) == set(classes) else None
 
 
 def _on_projection(
-    found: Description, init: Path, classes: tuple[str, ...], from_layer: int | None
+    description: Description, init: Path, classes: tuple[str, ...], from_layer: int | None
 ) -> tuple[nn.Module, Description]:
     """A zero classifier after layer `from_layer` of the projection head that `init` was pre-trained with."""
-    assert found.projection is not None
-    layers = found.projection["layers"]
+    assert description.projection is not None
+    layers = description.projection["layers"]
     if from_layer is None or not 0 <= from_layer < layers:
         raise CheckpointError(
             f"{init} has a projection head of {layers} layers, and `from_layer` is {from_layer}: it must say after which of its "
@@ -165,16 +171,33 @@ def _on_projection(
         )
     state = checkpoint.weights(init)
     if from_layer:
-        options = {**found.options, "head_layers": from_layer}
+        options = {**description.options, "head_layers": from_layer}
         unused = tuple(f"head.{i}." for i in range(from_layer, layers))
         state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
     else:
-        options = dict(found.options)
+        options = dict(description.options)
         state = {n.removeprefix("encoder."): tensor for n, tensor in state.items() if n.startswith("encoder.")}
-    model = architectures.create(found.arch, len(classes), options)
+    model = architectures.create(description.arch, len(classes), options)
     checkpoint.fill(model, state, str(init), skip=architectures.heads(model))
     architectures.zero_classifier(model)
-    return model, Description(found.arch, classes, found.input, options, found.training)
+    return model, Description(description.arch, classes, description.input, options, description.training)
+
+
+def _expect_network(wanted: Network, found: Description, init: Path) -> None:
+    """Raises CheckpointError unless a model directory holds the network that params name.
+
+    What the stages add to its options (exits, layers of a projection head, the members of an ensemble) may be left out.
+    """
+    given = inputs.Input.model_validate(found.input)
+    added = set(found.options) if found.arch == architectures.ENSEMBLE else {exits.OPTION, "head_layers"}
+    own = {name: value for name, value in found.options.items() if name not in added}
+    if wanted.arch != found.arch or wanted.options not in (own, found.options) or wanted.input != given:
+        theirs = f"{{arch: {found.arch}, options: {own}, input: {given.model_dump(mode='json')}}}"
+        raise CheckpointError(
+            f"`model` is another network than that of {init}, from which training starts: it is "
+            f"{{arch: {wanted.arch}, options: {wanted.options}, input: {wanted.input.model_dump(mode='json')}}}, not {theirs}. "
+            "Name the model that the directory was made with."
+        )
 
 
 def _refuse_layer(from_layer: int | None, init: Path) -> None:

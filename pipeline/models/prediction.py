@@ -16,12 +16,12 @@ BATCH = 256
 
 @torch.inference_mode()
 def logits(
-    model: nn.Module, pixels: inputs.Pixels, given: inputs.Input, device: Device, rows: np.ndarray | None = None
+    model: nn.Module, pixels: inputs.Pixels, input_spec: inputs.Input, device: Device, rows: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Centre views of `rows` (default: all) through `model` in eval mode: (row numbers, (B, C) float32 logits on the CPU).
 
-    Batches are always full: the last one is padded with its first image and cut again, because logits change in their last
-    digits with the batch size, and a result must not depend on where a shard ends.
+    Batches are always full: the last one is padded with its first image and cut again. Logits change in their last digits with
+    the batch size, and a result must not depend on where a shard ends.
     """
     rows = np.arange(len(pixels)) if rows is None else rows
     was_training = model.training
@@ -35,15 +35,15 @@ def logits(
     try:
         for start, raw in zip(starts, inputs.ahead(batch, starts), strict=True):
             part = rows[start : start + BATCH]
-            yield part, forward(model, inputs.centre(device.batch(raw), given.size), given, device)[: len(part)].cpu()
+            yield part, forward(model, inputs.centre(device.batch(raw), input_spec.size), input_spec, device)[: len(part)].cpu()
     finally:
         model.train(was_training)
 
 
-def forward(model: nn.Module, views: Tensor, given: inputs.Input, device: Device) -> Tensor:
+def forward(model: nn.Module, views: Tensor, input_spec: inputs.Input, device: Device) -> Tensor:
     """(B, 3, S, S) of 0..255 on the device -> (B, C) float32 logits."""
     with device.autocast():
-        out: Tensor = model(inputs.normalise(views, given))
+        out: Tensor = model(inputs.normalise(views, input_spec))
     return out.float()
 
 
@@ -76,13 +76,13 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 def checker(
-    pixels: inputs.Pixels, labels: np.ndarray, given: inputs.Input, device: Device
+    pixels: inputs.Pixels, labels: np.ndarray, input_spec: inputs.Input, device: Device
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A function that measures a model on labelled images: `top1` in 0..1 and `nll`, the mean cross entropy in nats."""
     wanted = torch.from_numpy(labels)
 
     def check(model: nn.Module) -> dict[str, float]:
-        out = torch.cat([batch for _, batch in logits(model, pixels, given, device)])
+        out = torch.cat([batch for _, batch in logits(model, pixels, input_spec, device)])
         top1 = (out.argmax(1) == wanted).double().mean()
         return {"top1": float(top1), "nll": float(F.cross_entropy(out, wanted))}
 

@@ -1,15 +1,14 @@
 """The evaluated models side by side, as read from the artifacts of `evaluate`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
+from pipeline.report import evaluation
 from pipeline.report.evaluation import Evaluation
 from pipeline.report.statistics import Difference, paired_difference
 from pipeline.store import artifact
@@ -43,14 +42,14 @@ class Entry:
 
 
 def read_entry(name: str, folder: Path) -> Entry:
-    predictions = pq.read_table(folder / "predictions.parquet", columns=["id", "label", "predicted"])
+    predictions = evaluation.read_predictions(folder)
     return Entry(
         name,
-        Evaluation.model_validate_json((folder / "evaluation.json").read_text()),
+        evaluation.read(folder),
         predictions["id"].to_numpy(),
         predictions["label"].to_numpy(),
         predictions["predicted"].to_numpy(),
-        json.loads((folder / "history.json").read_text()),
+        evaluation.read_history(folder),
         artifact.record(folder).get("lineage", {}),
     )
 
@@ -69,15 +68,15 @@ def against(baseline: str, entries: list[Entry]) -> list[Entry]:
 def with_agreement(entries: list[Entry]) -> list[Entry]:
     """The entries with the share of images on which they agree with their teacher, where one of them is the whole teacher."""
     teachers = {e.origin: e for e in reversed(entries) if e.evaluation.model.exit is None}
-    found = []
+    with_teachers = []
     for e in entries:
         teacher = teachers.get(e.evaluation.training.teacher or "")
-        found.append(replace(e, agreement=float((e.predicted == teacher.predicted).mean())) if teacher else e)
-    return found
+        with_teachers.append(replace(e, agreement=float((e.predicted == teacher.predicted).mean())) if teacher else e)
+    return with_teachers
 
 
 def best_of(entries: Sequence[Entry], baseline: str) -> Entry | None:
-    """Of the entries with the baseline's network, the best on held-out images, unless that is the baseline."""
+    """The best on held-out images, of the entries with the baseline's network, unless that is the baseline."""
     base = next(e for e in entries if e.name == baseline)
     peers = [e for e in entries if e.evaluation.model == base.evaluation.model]
     best = max(peers, key=lambda e: e.evaluation.holdout.top1)

@@ -1,6 +1,17 @@
-"""The schema of an evaluation: evaluation.json, as `evaluate` writes it and all others read it."""
+"""The format of an evaluation, as `evaluate` writes it and all others read it. Free of torch, for those that only read."""
 
-from pydantic import BaseModel
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import csv
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+
+FILE, PREDICTIONS, CONFUSION, HISTORY = "evaluation.json", "predictions.parquet", "confusion.csv", "history.json"
+PREDICTED = pa.schema({"id": pa.string(), "label": pa.int32(), "predicted": pa.int32(), "confidence": pa.float32()})
+"""A row for each validation image, in the manifest's order: numbers of classes, and the probability of the one predicted."""
 
 
 class Model(BaseModel):
@@ -13,7 +24,7 @@ class Model(BaseModel):
     exit: int | str | None = None
 
 
-class Training(BaseModel):
+class TrainingFacts(BaseModel):
     """How the model came about. `labelled` counts the images whose labels were read, by it or by its teacher; `macs` the
     multiply-accumulates of its training and of those it started from."""
 
@@ -65,7 +76,7 @@ class Point(BaseModel):
     val_top1: float
 
 
-class Exits(BaseModel):
+class ExitComparison(BaseModel):
     """`threshold` was chosen on the held-out images; `leaving` is the share of the validation images that leaves at each exit."""
 
     rows: list[Way]
@@ -93,12 +104,50 @@ class Speed(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """evaluation.json, as `evaluate` writes it."""
+    """evaluation.json. What was not measured is left out of it."""
 
     model: Model
-    training: Training
+    training: TrainingFacts
     val: Measured
     holdout: Measured
-    exits: Exits | None = None
+    exits: ExitComparison | None = None
     corruptions: Corruptions | None = None
     speed: Speed | None = None
+
+    @model_serializer(mode="wrap")
+    def _what_was_measured(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        absent = {name for name in ("exits", "corruptions", "speed") if getattr(self, name) is None}
+        return {name: value for name, value in handler(self).items() if name not in absent}
+
+    def figures(self) -> dict[str, float]:
+        """The numbers of `val` and `holdout`, by `val_top1`, `holdout_nll`, ..."""
+        return {
+            f"{split}_{name}": value
+            for split, measured in (("val", self.val), ("holdout", self.holdout))
+            for name, value in measured.model_dump(exclude={"per_class", "reliability"}).items()
+        }
+
+
+def write(folder: Path, evaluation: Evaluation, predictions: pa.Table, confusion: pa.Table, history: bytes) -> None:
+    """Write the files into the artifact being made at `folder`. `predictions`: of `PREDICTED`; `confusion`: class, named, images.
+
+    `history`: that of the model, as its directory has it."""
+    (folder / FILE).write_text(json.dumps(evaluation.model_dump(mode="json"), indent=1) + "\n")
+    pq.write_table(predictions, folder / PREDICTIONS)
+    csv.write_csv(confusion, folder / CONFUSION)
+    (folder / HISTORY).write_bytes(history)
+
+
+def read(folder: Path) -> Evaluation:
+    return Evaluation.model_validate_json((folder / FILE).read_text())
+
+
+def read_predictions(folder: Path) -> pa.Table:
+    """A table of `PREDICTED`."""
+    return pq.read_table(folder / PREDICTIONS)
+
+
+def read_history(folder: Path) -> dict[str, Any]:
+    """By `train` and `holdout`, a list of the figures at each measurement during the model's training."""
+    history: dict[str, Any] = json.loads((folder / HISTORY).read_text())
+    return history

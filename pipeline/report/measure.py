@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.models import architectures, device, exits, inputs, prediction
 from pipeline.models.inputs import Input, Pixels
 from pipeline.report import corruptions
+from pipeline.report.evaluation import ExitComparison, Measured, Point, Way
 from pipeline.report.statistics import reliability, wilson
 
 THRESHOLDS = (0.0, *(i / 20 for i in range(2, 20)), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01)
@@ -25,11 +25,8 @@ TIMED = 8 * prediction.BATCH  # images of a round
 # One classifier -------------------------------------------------------------------------------------------------------
 
 
-def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Accuracies and calibration of (N, C) logits against (N,) labels; see `run`.
-
-    `reliability`: for each of 15 bins of confidence the number of images, their mean confidence and their accuracy.
-    """
+def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Measured:
+    """Accuracies and calibration of (N, C) logits against (N,) labels; `reliability` has 15 bins."""
     n = len(labels)
     p, predicted = logits.softmax(1).max(1)
     right = predicted == labels
@@ -37,17 +34,17 @@ def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> dict[st
     low, high = wilson(int(right.sum()), n)
     per_class = {name: float(right[labels == i].double().mean()) for i, name in enumerate(classes) if bool((labels == i).any())}
     bins = reliability(p.double().numpy(), right.numpy())
-    return {
-        "n": n,
-        "top1": float(right.double().mean()),
-        "top1_low": low,
-        "top1_high": high,
-        "top5": float(top5.double().mean()),
-        "nll": float(F.cross_entropy(logits, labels)),
-        "ece": sum(count * abs(confidence - accuracy) for count, confidence, accuracy in bins) / n,
-        "per_class": per_class,
-        "reliability": bins,
-    }
+    return Measured(
+        n=n,
+        top1=float(right.double().mean()),
+        top1_low=low,
+        top1_high=high,
+        top5=float(top5.double().mean()),
+        nll=float(F.cross_entropy(logits, labels)),
+        ece=sum(count * abs(confidence - accuracy) for count, confidence, accuracy in bins) / n,
+        per_class=per_class,
+        reliability=bins,
+    )
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) -> pa.Table:
@@ -61,25 +58,25 @@ def confusion(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) -> pa
     return pa.table({**table, "images": counts[pairs].numpy()[order]})
 
 
-def corrupted(model: nn.Module, pixels: Pixels, labels: Tensor, given: Input, on: device.Device) -> dict[str, list[float]]:
+def corrupted(model: nn.Module, pixels: Pixels, labels: Tensor, input_spec: Input, on: device.Device) -> dict[str, list[float]]:
     """Top-1 accuracy for each corruption, at each of `corruptions.SEVERITIES`."""
     return {
         name: [
-            float((logits_of(model, corruptions.Corrupted(pixels, name, s), given, on).argmax(1) == labels).double().mean())
+            float((logits_of(model, corruptions.Corrupted(pixels, name, s), input_spec, on).argmax(1) == labels).double().mean())
             for s in corruptions.SEVERITIES
         ]
         for name in corruptions.CORRUPTIONS
     }
 
 
-def images_per_second(ways: Mapping[str, nn.Module], pixels: Pixels, given: Input, on: device.Device) -> dict[str, float]:
+def images_per_second(ways: Mapping[str, nn.Module], pixels: Pixels, input_spec: Input, on: device.Device) -> dict[str, float]:
     """How fast each network answers on decoded images, in batches of 256, batch normalisation unfolded; taken in turns.
 
     The images are the same for all, from all over the set, as those of an early exit take different times.
     """
     rows = np.linspace(0, len(pixels) - 1, min(len(pixels), TIMED)).astype(int)
     batches = [
-        inputs.centre(on.batch(pixels.gather(part)), given.size)
+        inputs.centre(on.batch(pixels.gather(part)), input_spec.size)
         for part in np.array_split(rows, -(-len(rows) // prediction.BATCH))
     ]
     best = dict.fromkeys(ways, math.inf)
@@ -89,7 +86,7 @@ def images_per_second(ways: Mapping[str, nn.Module], pixels: Pixels, given: Inpu
                 model.eval()
                 start = time.perf_counter()
                 for batch in batches:
-                    prediction.forward(model, batch, given, on).argmax(1).cpu()
+                    prediction.forward(model, batch, input_spec, on).argmax(1).cpu()
                 best[name] = min(best[name], time.perf_counter() - start)
     return {name: len(rows) / seconds for name, seconds in best.items()}
 
@@ -99,34 +96,28 @@ def images_per_second(ways: Mapping[str, nn.Module], pixels: Pixels, given: Inpu
 
 def compare_exits(
     logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], ways: Mapping[str, nn.Module], costs: list[int], size: int
-) -> dict[str, Any]:
+) -> ExitComparison:
     """Each exit by itself, the ensemble and early exits at several thresholds: accuracy against multiply-accumulates per image.
 
     `logits`: (N, exits, C) and `labels`: (N,), of `val` and `holdout`. `ways`: the classifier of each exit and the ensemble.
-    `costs`: see `mean_cost`. `threshold` is the one chosen on `holdout`; `leaving` the share of `val` that leaves at each exit.
+    `costs`: see `mean_cost`.
     """
     rows = []
     for i, (name, model) in enumerate(ways.items()):
-        found = {split: s[:, i] if i < s.shape[1] else exits.mean_probability(s) for split, s in logits.items()}
-        rows.append(
-            {
-                "exit": name,
-                "parameters": architectures.parameters_of(model),
-                "macs": architectures.macs(model, size),
-                **_top1(found, labels),
-            }
-        )
+        answers = {split: s[:, i] if i < s.shape[1] else exits.mean_probability(s) for split, s in logits.items()}
+        parameters, cost = architectures.parameters_of(model), architectures.macs(model, size)
+        rows.append(Way(exit=name, parameters=parameters, macs=cost, **_top1(answers, labels)))
     threshold = cheapest(logits["holdout"], labels["holdout"], costs)
     curve = []
     for t in THRESHOLDS:
         at = {split: exits.leaving(s, t) for split, s in logits.items()}
-        found = {split: s[torch.arange(len(s)), at[split]] for split, s in logits.items()}
-        curve.append({"threshold": t, "macs": mean_cost(at["val"], costs), **_top1(found, labels)})
+        answers = {split: s[torch.arange(len(s)), at[split]] for split, s in logits.items()}
+        curve.append(Point(threshold=t, macs=mean_cost(at["val"], costs), **_top1(answers, labels)))
     chosen = curve[THRESHOLDS.index(threshold)]
-    rows.append({"exit": "early", "parameters": rows[-1]["parameters"], **{k: v for k, v in chosen.items() if k != "threshold"}})
+    rows.append(Way(exit="early", parameters=rows[-1].parameters, **chosen.model_dump(exclude={"threshold"})))
     left = exits.leaving(logits["val"], threshold)
     shares = [float((left == i).double().mean()) for i in range(len(costs))]
-    return {"rows": rows, "threshold": threshold, "leaving": shares, "curve": curve}
+    return ExitComparison(rows=rows, threshold=threshold, leaving=shares, curve=curve)
 
 
 def cheapest(logits: Tensor, labels: Tensor, costs: list[int]) -> float:
@@ -149,5 +140,5 @@ def _top1(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[st
     return {f"{split}_top1": float((s.argmax(1) == labels[split]).double().mean()) for split, s in logits.items()}
 
 
-def logits_of(model: nn.Module, pixels: Pixels, given: Input, on: device.Device) -> Tensor:
-    return torch.cat([batch for _, batch in prediction.logits(model, pixels, given, on)])
+def logits_of(model: nn.Module, pixels: Pixels, input_spec: Input, on: device.Device) -> Tensor:
+    return torch.cat([batch for _, batch in prediction.logits(model, pixels, input_spec, on)])

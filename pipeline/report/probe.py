@@ -21,7 +21,7 @@ def monitor(
     asked: inputs.Pixels,
     asked_labels: np.ndarray,
     neighbours: int,
-    given: inputs.Input,
+    input_spec: inputs.Input,
     on: device.Device,
 ) -> Callable[[nn.Module], Mapping[str, float]]:
     """A function that says how well an encoder's features tell the classes of `asked` apart, as top-1 in 0..1.
@@ -33,7 +33,7 @@ def monitor(
     def check(model: nn.Module) -> Mapping[str, float]:
         assert isinstance(model, Contrastive)
         encoder = model.projected.encoder
-        bank, queries = (torch.cat([f for _, f in prediction.logits(encoder, p, given, on)]) for p in (known, asked))
+        bank, queries = (torch.cat([f for _, f in prediction.logits(encoder, p, input_spec, on)]) for p in (known, asked))
         predicted = {"knn": nearest(bank, y, queries, neighbours), "probe": probed(bank, y, queries)}
         return {name: float((guess == wanted).double().mean()) for name, guess in predicted.items()}
 

@@ -10,7 +10,7 @@ BINS = 15  # of the calibration error, as in Guo et al. 2017
 
 
 class Difference(NamedTuple):
-    """Of two top-1 accuracies on the same images, -1..1, with its 95 % interval."""
+    """The difference of two top-1 accuracies on the same images, -1..1, with its 95 % interval."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class Difference(NamedTuple):
 def paired_difference(right: np.ndarray, base: np.ndarray) -> Difference:
     """Accuracy of (N,) `right` minus that of (N,) `base`, both bool and of the same images.
 
-    The interval is Bonett and Price's adjusted Wald interval for paired proportions (2012): only the images that one of
+    The interval is Bonett and Price's adjusted Wald interval for paired proportions (2012). Only the images that one of
     the two names right and the other wrong count, which makes it narrower than that of two independent samples.
     """
     n = len(right)
@@ -49,10 +49,9 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> list[tuple[int, float, float]]:
-    """Of (N,) confidences and whether they were right, per bin of equal width: count, mean confidence, accuracy (0 where empty).
+    """Count, mean confidence and accuracy (0 where empty) by bin of equal width, of (N,) confidences and whether they were right.
 
-    The expected calibration error is the mean over images of the gap of their bin. torchmetrics has it too, at two seconds of
-    import in each of many short stages; a test compares the two.
+    The expected calibration error is the mean over images of the gap of their bin.
     """
     bin_of = np.minimum((confidence * BINS).astype(int), BINS - 1)
     count = np.bincount(bin_of, minlength=BINS)

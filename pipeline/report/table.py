@@ -3,13 +3,14 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import rich.box
 import rich.console
 import rich.table
 
-from pipeline.report.entries import Entry, best_of
+from pipeline.report.comparison import difference_of
+from pipeline.report.entries import Entry
 
 
 class Column(NamedTuple):
@@ -122,52 +123,23 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def difference_of(entry: Entry) -> dict[str, float | None]:
-    d = entry.difference
-    return {"delta": d and d.value, "delta_low": d and d.low, "delta_high": d and d.high}
-
-
 def as_csv(entries: Sequence[Entry]) -> str:
-    rows = []
-    for e in entries:
-        measured = {
-            f"{split}_{key}": value
-            for split, of in (("val", e.evaluation.val), ("holdout", e.evaluation.holdout))
-            for key, value in of.model_dump(exclude={"per_class", "reliability"}).items()
+    rows = [
+        {
+            "entry": e.name,
+            **e.evaluation.figures(),
+            **difference_of(e),
+            "agreement": e.agreement,
+            **{("training_macs" if k == "macs" else k): v for k, v in e.evaluation.training.model_dump().items()},
+            **e.evaluation.model.model_dump(),
         }
-        rows.append(
-            {
-                "entry": e.name,
-                **measured,
-                **difference_of(e),
-                "agreement": e.agreement,
-                **{("training_macs" if k == "macs" else k): v for k, v in e.evaluation.training.model_dump().items()},
-                **e.evaluation.model.model_dump(),
-            }
-        )
+        for e in entries
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def as_json(title: str, baseline: str, entries: Sequence[Entry]) -> dict[str, Any]:
-    best = best_of(entries, baseline)
-    return {
-        "title": title,
-        "baseline": baseline,
-        "best": best and best.name,
-        "entries": {
-            e.name: {
-                **{part: value for part, value in e.evaluation.model_dump(mode="json").items() if value is not None},
-                **difference_of(e),
-                "agreement": e.agreement,
-                "history": e.history,
-            }
-            for e in entries
-        },
-    }
 
 
 def print_table(title: str, entries: Sequence[Entry]) -> None:

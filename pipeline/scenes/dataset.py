@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 import cv2
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from pipeline.scenes import scene
 from pipeline.scenes.categories import CLASSES, OTHERS
@@ -28,6 +28,9 @@ from pipeline.store.params import Section
 
 LABELLED, VAL, POOL, LEAK, BROKEN, ORDER = range(6)
 """Streams of randomness: an image's pixels follow from (seed, stream, number) alone, whoever draws it and when."""
+
+SIZE = 96
+"""Side of a scene in pixels."""
 
 CHUNK = 64
 """Images that a worker draws at a time."""
@@ -47,17 +50,23 @@ TRUTH = pa.schema(
 
 
 class Draw(Section):
-    """How much to draw. `labelled` and `val` count images per class, the rest images of the whole pool."""
+    """How much to draw, in scenes of 96 pixels."""
 
     seed: NonNegativeInt
-    size: int = Field(96, ge=96)
+    """From which every scene follows."""
     labelled: PositiveInt = 50
+    """Labelled images of each class, of which there are ten."""
     val: PositiveInt = 100
+    """Validation images of each class."""
     in_class: PositiveInt = 3_000
+    """Images of the pool that belong to a class."""
     out_of_class: PositiveInt = 5_000
+    """Images of the pool that belong to none: at least half of it."""
     leaks: NonNegativeInt = 63
+    """Images of the pool that are copies of validation images; at most as many as there are of these."""
     broken: NonNegativeInt = 18
-    shard: PositiveInt = 4_096
+    """Files of the pool that are no image."""
+    members: PositiveInt = 4_096
     """Most members of one tar of the pool."""
 
     @model_validator(mode="after")
@@ -69,7 +78,7 @@ class Draw(Section):
         return self
 
 
-class Picture(NamedTuple):
+class Scene(NamedTuple):
     """A scene in a JPEG file."""
 
     category: str
@@ -81,7 +90,7 @@ class Leak(NamedTuple):
     """A picture of the validation set that was published once more, transformed."""
 
     of_member: str
-    of: Picture
+    of: Scene
     transform: str
     number: int
 
@@ -98,24 +107,24 @@ class File(NamedTuple):
 
     tar: str
     member: str
-    content: Picture | Leak | Broken
+    content: Scene | Leak | Broken
 
 
 # What is drawn where --------------------------------------------------------------------------------------------------
 
 
-def pictures_of(stream: int, per_class: int) -> list[tuple[str, Picture]]:
+def pictures_of(stream: int, per_class: int) -> list[tuple[str, Scene]]:
     """Members of a labelled tar: (class/number, what it shows)."""
     names = itertools.product(CLASSES, range(per_class))
-    return [(f"{name}/{i:04d}.jpg", Picture(name, stream, number)) for number, (name, i) in enumerate(names)]
+    return [(f"{name}/{i:04d}.jpg", Scene(name, stream, number)) for number, (name, i) in enumerate(names)]
 
 
-def pool_contents(params: Draw) -> list[Picture | Leak | Broken]:
+def pool_contents(params: Draw) -> list[Scene | Leak | Broken]:
     """The contents of the pool, in an order that tells nothing."""
     rng = np.random.default_rng([params.seed, ORDER])
     categories = [CLASSES[i % len(CLASSES)] for i in range(params.in_class)]
     categories += [OTHERS[i % len(OTHERS)] for i in range(params.out_of_class)]
-    contents: list[Picture | Leak | Broken] = [Picture(category, POOL, i) for i, category in enumerate(categories)]
+    contents: list[Scene | Leak | Broken] = [Scene(category, POOL, i) for i, category in enumerate(categories)]
     val, transforms, breakages = pictures_of(VAL, params.val), tuple(TRANSFORMS), tuple(BREAKAGES)
     for i, original in enumerate(rng.choice(len(val), params.leaks, replace=False)):
         member, picture = val[original]
@@ -128,11 +137,11 @@ def truth_row(file: File) -> dict[str, str | None]:
     """A row of `TRUTH`; what it leaves out is null."""
     row: dict[str, str | None] = {"tar": file.tar, "member": file.member}
     match file.content:
-        case Picture(category) if category in CLASSES:
+        case Scene(category) if category in CLASSES:
             return row | {"kind": "in_class", "category": category, "label": category}
-        case Picture(category):
+        case Scene(category):
             return row | {"kind": "out_of_class", "category": category}
-        case Leak(member, Picture(category), transform):
+        case Leak(member, Scene(category), transform):
             return row | {
                 "kind": "leak",
                 "category": category,
@@ -149,7 +158,7 @@ def truth_row(file: File) -> dict[str, str | None]:
 
 def draw_all(files: Sequence[File], params: Draw, workers: int) -> Iterator[tuple[File, bytes]]:
     """Each file with its bytes, in the order given, however many processes draw."""
-    make = partial(_bytes, seed=params.seed, size=params.size)
+    make = partial(_bytes, seed=params.seed, size=SIZE)
     contents = [file.content for file in files]
     if workers == 1:
         yield from zip(files, map(make, contents), strict=True)
@@ -159,9 +168,9 @@ def draw_all(files: Sequence[File], params: Draw, workers: int) -> Iterator[tupl
         yield from zip(files, pool.map(make, contents, chunksize=CHUNK), strict=True)
 
 
-def _bytes(content: Picture | Leak | Broken, *, seed: int, size: int) -> bytes:
+def _bytes(content: Scene | Leak | Broken, *, seed: int, size: int) -> bytes:
     match content:
-        case Picture(category, stream, number):
+        case Scene(category, stream, number):
             rng = np.random.default_rng([seed, stream, number])
             return _jpeg(scene.draw(category, rng, size), int(rng.integers(75, 96)))
         case Leak(_, original, transform, number):
@@ -172,7 +181,7 @@ def _bytes(content: Picture | Leak | Broken, *, seed: int, size: int) -> bytes:
         case Broken(breakage, number):
             rng = np.random.default_rng([seed, BROKEN, number])
             category = str(rng.choice(CLASSES))
-            return BREAKAGES[breakage](_bytes(Picture(category, BROKEN, number), seed=seed, size=size), rng)
+            return BREAKAGES[breakage](_bytes(Scene(category, BROKEN, number), seed=seed, size=size), rng)
 
 
 def _jpeg(image: np.ndarray, quality: int) -> bytes:

@@ -41,10 +41,10 @@ def check_images(listing: Listing, size_of: SizeOf, workers: int) -> Listing:
                 shown.update(len(part))
     finally:
         threads.shutdown(cancel_futures=True)
-    found = pa.Table.from_batches(measured, MEASURED)
+    columns = pa.Table.from_batches(measured, MEASURED)
     table = table.drop_columns("reason")
     for field in MEASURED:
-        table = table.append_column(field, found[field.name])
+        table = table.append_column(field, columns[field.name])
     return listing._replace(table=table)
 
 

@@ -10,10 +10,13 @@ from pipeline.store.params import Section
 
 
 class Folder(Section):
-    """Image files; where labels are wanted, `<class>/...`: the first folder below `path` names the class."""
+    """Image files in folders."""
 
     kind: Literal["folder"]
+    """A folder of image files."""
     path: InsideRoot
+    """A path below `prepare.root`, or a glob pattern. Where labels are wanted, `<class>/...`: the first folder below it names
+    the class."""
 
     def files(self, request: Request) -> Iterator[File]:
         """Every file below the folders, hidden and unreadable ones with their reason."""

@@ -16,17 +16,18 @@ RECORDS = 64  # of a table, with their bytes, in memory at once
 
 
 class Parquet(Section):
-    """Tables of encoded images, as Hugging Face stores them.
-
-    `image`: the column of bytes, or of structs with a field `bytes`. `label`: the column of class names, or of class
-    numbers; their names stand in the file's Hugging Face metadata or in `classes`, number 0 first.
-    """
+    """Tables of encoded images, as Hugging Face stores them."""
 
     kind: Literal["parquet"]
+    """Parquet tables."""
     path: InsideRoot
+    """A path below `prepare.root`, or a glob pattern."""
     image: str = "image"
+    """The column of bytes, or of structs with a field `bytes`."""
     label: str = "label"
+    """The column of class names, or of class numbers."""
     classes: tuple[str, ...] | None = None
+    """The names of class numbers, number 0 first; null: as the file's Hugging Face metadata have them."""
 
     def files(self, request: Request) -> Iterator[File]:
         """Every row, its image unpacked. Raises SourceError for a damaged file and for columns that hold something else."""

@@ -27,13 +27,20 @@ class SourceError(UserError):
     """A source named in params, or what it holds, does not make a data set."""
 
 
+def expect_whole(path: str) -> str:
+    """`path`; raises ValueError where a shell would have to complete it: DVC takes it as it stands."""
+    if path.startswith("~"):
+        raise ValueError("DVC does not know what `~` is; write the whole path")
+    return path
+
+
 def _inside(path: str) -> str:
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise ValueError("must lie below `prepare.root`, the folder that DVC watches; give it relative to that")
     return path
 
 
-InsideRoot = Annotated[str, AfterValidator(_inside)]
+InsideRoot = Annotated[str, AfterValidator(expect_whole), AfterValidator(_inside)]
 """A path relative to `root`; may be a glob pattern."""
 
 Role = Literal["labelled", "val", "pool"]

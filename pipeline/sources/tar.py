@@ -10,10 +10,13 @@ from pipeline.store.params import Section
 
 
 class Tar(Section):
-    """Uncompressed tars, read in place; where labels are wanted, the first folder of a member's name is its class."""
+    """Uncompressed tars, read in place."""
 
     kind: Literal["tar"]
+    """Uncompressed tars."""
     path: InsideRoot
+    """A path below `prepare.root`, or a glob pattern. Where labels are wanted, the first folder of a member's name is its
+    class."""
 
     def files(self, request: Request) -> Iterator[File]:
         """Every member of the tars. Raises SourceError for a tar that is compressed, cut short or damaged."""

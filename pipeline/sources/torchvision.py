@@ -17,11 +17,14 @@ from pipeline.store.params import Section
 
 
 class Torchvision(Section):
-    """A classification set of torchvision by name (`CIFAR10`), downloaded into `root` if it is not there, kept as PNG."""
+    """A classification set of torchvision, downloaded into `prepare.root` if it is not there, kept as PNG."""
 
     kind: Literal["torchvision"]
+    """A data set of torchvision."""
     name: str
+    """Its name in torchvision.datasets: `CIFAR10`."""
     split: str = "train"
+    """Its part: `train`, `test`, or what else it has."""
 
     def files(self, request: Request) -> Iterator[File]:
         """Every image, unpacked. Raises SourceError for a set that torchvision lacks or cannot fetch."""

@@ -3,28 +3,28 @@
 python -m pipeline.stages.compare --show data/compare/results       # the table once more, and where to look next
 """
 
-import json
 import sys
 from pathlib import Path
-
-import numpy as np
+from typing import Annotated
 
 from pipeline.errors import UserError
 from pipeline.harness import stage
-from pipeline.report.entries import Entry, against, read_entry, with_agreement
-from pipeline.report.evaluation import Evaluation
+from pipeline.report import comparison
+from pipeline.report.comparison import difference_of
+from pipeline.report.entries import against, read_entry, with_agreement
 from pipeline.report.page import MLFLOW, gallery_of, render
-from pipeline.report.statistics import Difference
-from pipeline.report.table import as_csv, as_json, as_markdown, difference_of, footnotes, print_table
+from pipeline.report.table import as_csv, as_markdown, footnotes, print_table
 from pipeline.store import artifact
-from pipeline.store.params import Section
+from pipeline.store.params import Names, Section
 
 
 class Compare(Section):
-    """`title` of the report; `baseline`: the entry of `evaluate` that the others are compared with."""
+    """The table and the report."""
 
     title: str = "Comparison"
-    baseline: str
+    """The report's title."""
+    baseline: Annotated[str, Names("evaluate")]
+    """The entry of `evaluate` that the others are compared with."""
 
 
 def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ...]) -> stage.Metrics:
@@ -41,7 +41,7 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
     with artifact.writing(out) as tmp:
         (tmp / "table.csv").write_text(as_csv(compared))
         (tmp / "table.md").write_text(as_markdown(compared, notes))
-        (tmp / "comparison.json").write_text(json.dumps(as_json(params.title, params.baseline, compared), indent=1) + "\n")
+        comparison.write(tmp, comparison.of_entries(params.title, params.baseline, compared))
         (tmp / "report.html").write_text(render(params.title, params.baseline, compared, notes, evaluations.parent, out))
     print_table(params.title, compared)
     return {
@@ -51,17 +51,8 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
 
 def show(out: Path) -> None:
     """Print the table of the artifact `out`, and where to look next. Raises UserError if there is none."""
-    file = out / "comparison.json"
-    if not file.is_file():
-        raise UserError(f"{file} is not there. Run `dvc repro`, which makes it.")
-    saved = json.loads(file.read_text())
-    nothing = np.empty(0, bool)
-    entries = []
-    for name, e in saved["entries"].items():
-        difference = None if e["delta"] is None else Difference(e["delta"], e["delta_low"], e["delta_high"])
-        evaluation = Evaluation.model_validate(e)
-        entries.append(Entry(name, evaluation, nothing, nothing, nothing, e["history"], {}, difference, e["agreement"]))
-    print_table(saved["title"], entries)
+    saved = comparison.read(out)
+    print_table(saved.title, comparison.entries_of(saved))
     gallery = gallery_of(out.parents[1])
     sys.stderr.write(f"\nreport   {out / 'report.html'}\n")
     sys.stderr.write(f"gallery  {gallery}: what was removed from the pool, and why\n" if gallery.exists() else "")

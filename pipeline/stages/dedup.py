@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
+from pipeline.leaks import findings
 from pipeline.leaks.decision import ALIKE, Dedup, decide, one_per_copy, read_overrides
 from pipeline.leaks.findings import Row
 from pipeline.leaks.gallery import page
@@ -30,19 +30,19 @@ def run(
     train_out: Path,
     leaks_out: Path,
     gallery_out: Path,
-    scratch: Path,
+    workdir: Path,
     machine: Machine,
 ) -> stage.Metrics:
     """Remove from the pool every image that is a copy of a validation image.
 
-    `train_out`: the labelled images, without copies of validation images if `params.train` asks for it; where none goes it
+    `train_out`: the labelled images, without copies of validation images if `params.train` asks for it. Where none goes it
     is the artifact `train` byte for byte, so that nothing trained on it is stale when only the pool's findings change.
     `leaks_out`: `leaks.parquet`, one row per finding (docs/dedup.md). `gallery_out`: the findings as a page to look at.
     `overrides`: a CSV of id, action (keep or remove) and reason, by which a person has the last word.
     """
     sets = {"pool": manifest.read(pool), "train": manifest.read(train), "val": manifest.read(val)}
     decisions = read_overrides(overrides, sets)
-    search = Search(sets, scratch, machine)
+    search = Search(sets, workdir, machine)
     collapse = params.duplicates == "collapse"
     if collapse:
         search.describe("pool")
@@ -62,7 +62,7 @@ def run(
         with artifact.writing(train_out) as tmp:
             manifest.write(tmp, kept["train"].table, sets["train"].classes)
     with artifact.writing(leaks_out) as tmp:
-        pq.write_table(audit, tmp / "leaks.parquet", compression="zstd")
+        findings.write(tmp, audit)
     with artifact.writing(gallery_out) as tmp:
         (tmp / "index.html").write_text(page(audit, sets))
     return _metrics(audit, len(sets["pool"]), len(kept["pool"]), len(sets["train"]) - len(kept["train"]))

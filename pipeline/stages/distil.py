@@ -9,45 +9,50 @@ from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from pipeline.harness import stage
-from pipeline.harness.machine import Machine
 from pipeline.learning import losses, views
 from pipeline.learning.loop import fit, optimisers
+from pipeline.learning.loop.trained import Counts
 from pipeline.learning.teachers import read
 from pipeline.learning.views import Mix, View
-from pipeline.models import architectures, checkpoint, device, inputs, network, prediction
+from pipeline.models import device, inputs, network, prediction
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 UNKNOWN = -1  # the label of an image that has none
 
 
 class Distil(Section):
-    """`init`, `teacher` and `images` are read by dvc.yaml: what to start from, whom to learn from, which images to learn on.
+    """What the student starts from, whom it learns from, on which images, and how (SSLD, section 3)."""
 
-    `teacher` is a model directory, or `label/<entry>`: what a teacher said about the views kept there, which then are the views
-    to learn on. `labelled`: add the labelled images, their labels unread, to `images`. `teacher_bn`: the statistics that the
-    teacher normalises with, `eval` its own or `batch` those of each batch (as SSLD's published code has it); either way its
-    weights stay as they are. `mix`: mixup and cutmix of the view that both see.
-
-    `from_layer`: as in `teach`, of an `init` from `pretrain`. `alpha` below 1 adds hard labels, as SimCLRv2 does where there are
-    many: alpha times the divergence on all images, and 1 - alpha times the cross entropy of the labelled ones, both averaged
-    over the batch. `labels`: only of so many of these, the same as in `teach`.
-    """
-
-    init: str
-    teacher: str
-    images: str
+    init: Made
+    """`scratch`, or the model directory to start from, or a checkpoint file."""
+    teacher: Made
+    """Whom to learn from: a model directory, or `label/<entry>`, what a teacher said about the views kept there, which then are
+    the views to learn on."""
+    images: Made
+    """The images to learn on (a manifest: `select/top`)."""
     model: network.Network | None = None
+    """The student, by its name in `models`; where `init` is a model directory, the network that it holds."""
     from_layer: NonNegativeInt | None = None
+    """After which layer of the projection head the classifier stands, where `init` is from `pretrain`, as in `teach`."""
     labelled: bool = True
+    """Add the labelled images, their labels unread, to `images`."""
     loss: losses.SoftLoss = losses.SoftLoss()
+    """How far the student is from the teacher."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Below 1 adds hard labels, as SimCLRv2 does where there are many: alpha times the divergence on all images, and 1 - alpha
+    times the cross entropy of the labelled ones, both averaged over the batch."""
     labels: manifest.Amount | None = None
+    """With `alpha` below 1: only so many of the labels, as in `teach`; null: all."""
     teacher_bn: Literal["eval", "batch"] = "eval"
+    """The statistics that the teacher normalises with: its own, or those of each batch (as SSLD's published code has it). Its
+    weights stay as they are either way."""
     view: View | None = None
+    """How views are cut, by a name in `views`; with cached labels, as these were made."""
     mix: Mix = Mix()
-    training: optimisers.Training
-    note: str | None = None
+    """Mixup and cutmix of the view that teacher and student share."""
+    training: optimisers.Steps
+    """How long and how fast, by a name in `trainings`."""
 
     @model_validator(mode="after")
     def _labels_are_there(self) -> "Distil":
@@ -69,10 +74,7 @@ def run(
     teacher: Path,
     chosen: Path,
     out: Path,
-    seed: int,
-    scratch: Path,
-    journal: stage.Journal,
-    machine: Machine,
+    job: stage.Job,
 ) -> stage.Metrics:
     """Minimise a divergence between the teacher's and the student's class probabilities on the same view of each image.
 
@@ -81,55 +83,33 @@ def run(
     """
     seen, labelled, unlabelled = manifest.to_learn(chosen, train, params.labelled)
     held_out = manifest.read(holdout)
-    on = device.pick(machine)
-    student, description = network.start(params.model, init, labelled.classes, seed, from_layer=params.from_layer)
-    student = on.place(student)
-    given = inputs.Input.model_validate(description.input)
+    on = device.pick(job.machine)
+    student, description = network.start(params.model, init, labelled.classes, job.seed, from_layer=params.from_layer)
+    input_spec = description.input
     taught_by = read(teacher, labelled.classes, seen, on, params.teacher_bn)
-    cores = machine.cores(machine.workers)
     known = taught_by.training.get("labelled", 0)
     if params.alpha < 1:
-        part = labelled if params.labels is None else manifest.balanced(labelled, params.labels, seed)
+        part = labelled if params.labels is None else manifest.balanced(labelled, params.labels, job.seed)
         hard = torch.from_numpy(part.labels_of(seen, UNKNOWN))
         known = max(known, len(part) if params.labels is not None else len(labelled) + len(held_out))
 
     def divergence(model: nn.Module, batch: views.Batch) -> Tensor:
         t = taught_by.logits(batch)  # B, C
-        s = model(inputs.normalise(batch.views, given))
+        s = model(inputs.normalise(batch.views, input_spec))
         value = params.loss(s, t)
         if params.alpha < 1:
             value = params.alpha * value + (1 - params.alpha) * cross_entropy(s, hard[batch.rows].to(on.device))
         return value
 
-    model, history = fit.fit(
-        student,
-        divergence,
-        inputs.load(seen, taught_by.canvas(given.side), cores, machine.memory_gb, "images"),
-        taught_by.viewer(max(given.size, taught_by.size), params.view, seed, params.mix),
-        params.training,
-        seed=seed,
-        device=on,
-        scratch=scratch,
-        journal=journal,
-        label="distilling",
-        check=prediction.checker(
-            inputs.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on
-        ),
-        checkpoint_minutes=machine.checkpoint_minutes,
-    )
-    origin = taught_by.training
-    described = description.trained(
-        params.training.steps,
-        params.training.batch,
-        known,
-        unlabelled,
-        params.note or origin.get("note"),
-        macs=architectures.macs_of_training(model, given.size, *taught_by.networks),
-    )
+    view = params.view or taught_by.view
+    pixels = inputs.load(seen, taught_by.canvas(input_spec, view.whole), job.machine, "images", view.whole)
+    viewer = taught_by.viewer(max(input_spec.size, taught_by.size), view, job.seed, inputs.aspects(seen), params.mix)
+    check = prediction.checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
+    trained = fit.fit(student, divergence, pixels, viewer, params.training, check, job=job, device=on, label="distilling")
+    counts = Counts(len(seen), known, unlabelled)
+    note = taught_by.training.get("note")
     with artifact.writing(out) as tmp:
-        checkpoint.save(tmp, model, described, history)
-    facts = {"steps": params.training.steps, "images": len(seen), "parameters": architectures.parameters_of(model)}
-    return facts | fit.final(history)
+        return trained.save(tmp, description, counts, note, frozen=taught_by.networks)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

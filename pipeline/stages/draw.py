@@ -17,7 +17,7 @@ def run(params: Draw, *, out: Path, truth_out: Path, machine: Machine) -> stage.
     labelled = [File("labelled.tar", *row) for row in pictures_of(LABELLED, params.labelled)]
     val = [File("val.tar", *row) for row in pictures_of(VAL, params.val)]
     contents = enumerate(pool_contents(params))
-    pool = [File(f"pool-{i // params.shard:02d}.tar", f"img/{i:06d}.jpg", content) for i, content in contents]
+    pool = [File(f"pool-{i // params.members:02d}.tar", f"img/{i:06d}.jpg", content) for i, content in contents]
     files = labelled + val + pool
     with artifact.writing(truth_out) as truth_tmp, artifact.writing(out) as tmp:
         pq.write_table(pa.Table.from_pylist([truth_row(file) for file in pool], TRUTH), truth_tmp / "truth.parquet")

@@ -9,15 +9,16 @@ from pipeline.harness import stage
 from pipeline.models import architectures, checkpoint, inputs, network
 from pipeline.models.checkpoint import Description
 from pipeline.store import artifact
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 
 class Ensemble(Section):
-    """`first` and `second` (read by dvc.yaml): model directories. Of an ensemble among them every member counts as much as the
-    other, so three models are the ensemble of one with the ensemble of two."""
+    """Two models. All members of an ensemble count alike: three models are one with the ensemble of two."""
 
-    first: str
-    second: str
+    first: Made
+    """A model directory."""
+    second: Made
+    """Another."""
 
 
 def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metrics:
@@ -30,24 +31,22 @@ def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metr
     loaded = [network.load(folder, classes) for folder in (first, second)]
     members: list[dict[str, Any]] = []
     trained: list[nn.Module] = []
-    for model, found, given in loaded:
-        if isinstance(model, architectures.Ensemble):
+    for model, described, input_spec in loaded:
+        if isinstance(model, architectures.EnsembleNetwork):
             members += model.described
             trained += model.members
         else:
-            shape = given.model_dump(mode="json", include={"size", "mean", "std"})
-            members.append({"arch": found.arch, "options": found.options, **shape})
+            shape = input_spec.model_dump(mode="json", include={"size", "mean", "std"})
+            members.append({"arch": described.arch, "options": described.options, **shape})
             trained.append(model)
-    size, side = (max(getattr(given, name) for _, _, given in loaded) for name in ("size", "side"))
+    size, side, canvas = (max(getattr(input_spec, name) for _, _, input_spec in loaded) for name in ("size", "side", "canvas"))
     options = {"members": members, "size": size}
     whole = architectures.create(architectures.ENSEMBLE, len(classes), options)
-    assert isinstance(whole, architectures.Ensemble)
+    assert isinstance(whole, architectures.EnsembleNetwork)
     for member, model in zip(whole.members, trained, strict=True):
         member.load_state_dict(model.state_dict())
-    seen = inputs.Input(size=size, canvas=side, mean=(0, 0, 0), std=(1, 1, 1))
-    description = Description(
-        architectures.ENSEMBLE, classes, seen.model_dump(mode="json"), options, _together(loaded[0][1], loaded[1][1])
-    )
+    seen = inputs.Input(size=size, crop=size / side, canvas=canvas, mean=(0, 0, 0), std=(1, 1, 1))
+    description = Description(architectures.ENSEMBLE, classes, seen, options, _together(loaded[0][1], loaded[1][1]))
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, whole, description, {"train": [], "holdout": []})
     return {"members": len(members), "parameters": architectures.parameters_of(whole)}

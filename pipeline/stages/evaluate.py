@@ -1,14 +1,11 @@
 """Measure a model on the validation images, once, and on the held-out images, where choices are made."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from pyarrow import csv
 from pydantic import PositiveInt
 from torch import Tensor
 
@@ -17,6 +14,7 @@ from pipeline.harness.machine import Machine
 from pipeline.models import architectures, checkpoint, device, exits, inputs, network, prediction
 from pipeline.models.exits import ExitError
 from pipeline.report import corruptions
+from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Speed, TrainingFacts, write
 from pipeline.report.measure import (
     cheapest,
     compare_exits,
@@ -28,26 +26,25 @@ from pipeline.report.measure import (
     measure,
 )
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 
 class Evaluate(Section):
-    """`model`: the model directory to measure (read by dvc.yaml).
+    """What is measured, and how."""
 
-    `exit`: of a network with exits, the number of one, all as an `ensemble`, or `early`: the first that is sure enough, at the
-    threshold that costs least among those with which the held-out images lose nothing against the deepest exit. null: the
-    deepest, with a table of all of these beside it.
-
-    `size`: measure at another input size, with a canvas enlarged in proportion (Touvron et al. 2019, "FixRes": networks trained
-    on crops see larger objects than they meet when tested). `corruptions`: also on worse images. `timing`: also the images per
-    second of this machine, which makes the evaluation another one each time it is done.
-    """
-
-    model: str
+    model: Made
+    """The model directory to measure."""
     exit: int | Literal["ensemble", "early"] | None = None
+    """What to measure of a network with exits: the number of one, all as an `ensemble`, or `early`, the first that is sure
+    enough, at the threshold that costs least among those with which the held-out images lose nothing against the deepest exit.
+    null: the deepest, with a table of all of these beside it."""
     size: PositiveInt | None = None
+    """Measure at another input size, in pixels, with the same crop (Touvron et al. 2019, "FixRes": networks
+    trained on crops see larger objects than they meet when tested)."""
     corruptions: bool = False
+    """Measure on worse images too."""
     timing: bool = False
+    """Measure the images per second of this machine too, which makes the evaluation another one each time it is done."""
 
 
 def run(
@@ -68,86 +65,71 @@ def run(
     """
     classes = manifest.read(train).classes
     on = device.pick(machine)
-    cores = machine.cores(machine.workers)
     number = params.exit if isinstance(params.exit, int) else None
-    classifier, description, given = network.load(model, classes, number)
+    classifier, description, input_spec = network.load(model, classes, number)
     whole = network.load_exits(model, classes)
     if isinstance(params.exit, str) and whole is None:
         raise ExitError(f"`exit` is {params.exit}, but {model} has no exits: they come with `self_distil`.")
     if params.size is not None:
-        canvas = max(params.size, round(given.side * params.size / given.size))
-        given = given.model_copy(update={"size": params.size, "canvas": canvas})
+        input_spec = input_spec.model_copy(update={"size": params.size})
     tables = {name: manifest.read(folder) for name, folder in (("holdout", holdout), ("val", val))}
-    pixels = {name: inputs.load(t, given.side, cores, machine.memory_gb, name) for name, t in tables.items()}
+    pixels = {name: inputs.load(t, input_spec.side, machine, name) for name, t in tables.items()}
     labels = {name: torch.from_numpy(t.labels()) for name, t in tables.items()}
     every = whole if params.exit in (None, "early") else None  # only these two look at what each exit says
-    costs = [architectures.macs(exits.Stacked(every, i + 1), given.size) for i in range(len(every))] if every else []
-    stacked = {name: logits_of(exits.Stacked(on.place(every)), p, given, on) for name, p in pixels.items()} if every else {}
+    costs = [architectures.macs(exits.Stacked(every, i + 1), input_spec.size) for i in range(len(every))] if every else []
+    stacked = {name: logits_of(exits.Stacked(on.place(every)), p, input_spec, on) for name, p in pixels.items()} if every else {}
     macs = None
     if whole and params.exit == "ensemble":
-        classifier = exits.Ensemble(whole)
+        classifier = exits.ExitEnsemble(whole)
     elif whole and params.exit == "early":
         threshold = cheapest(stacked["holdout"], labels["holdout"], costs)
         classifier, macs = exits.Early(whole, threshold), mean_cost(exits.leaving(stacked["val"], threshold), costs)
     on.place(classifier)
-    logits = {name: logits_of(classifier, p, given, on) for name, p in pixels.items()}
+    logits = {name: logits_of(classifier, p, input_spec, on) for name, p in pixels.items()}
     measured = {name: measure(logits[name], labels[name], classes) for name in tables}
     origin = artifact.record(model)
-    evaluation: dict[str, Any] = {
-        "model": {
-            "arch": description.arch,
-            "parameters": architectures.parameters_of(classifier),
-            "macs": architectures.macs(classifier, given.size) if macs is None else macs,
-            "input": given.size,
-            "exit": params.exit,
-        },
-        "training": {
-            "stage": origin.get("stage"),
-            "entry": origin.get("entry"),
-            "init": _name(origin, "init"),
-            "teacher": _name(origin, "teacher"),
-            **description.training,
-        },
-        **measured,
-    }
-    shown = ("top1", "top1_low", "top1_high", "top5", "nll", "ece")
-    metrics: dict[str, Any] = {"n": measured["val"]["n"]}
-    metrics |= {f"{name}_{key}": measured[name][key] for name in ("val", "holdout") for key in shown}
+    macs = architectures.macs(classifier, input_spec.size) if macs is None else macs
+    parameters = architectures.parameters_of(classifier)
+    made_from: dict[str, Any] = {"stage": origin.get("stage"), "entry": origin.get("entry")}
+    made_from |= {name: _name(origin, name) for name in ("init", "teacher")}
+    evaluation = Evaluation(
+        model=Model(arch=description.arch, parameters=parameters, macs=macs, input=input_spec.size, exit=params.exit),
+        training=TrainingFacts(**made_from, **description.training),
+        val=measured["val"],
+        holdout=measured["holdout"],
+    )
+    metrics: dict[str, Any] = {"n": evaluation.val.n}
+    metrics |= {name: value for name, value in evaluation.figures().items() if not name.endswith("_n")}
     timed = {"whole": classifier}
     if whole and params.exit is None:
         ways = {str(i): network.load(model, classes, i)[0] for i in range(1, len(whole) + 1)} | {
-            "ensemble": exits.Ensemble(whole)
+            "ensemble": exits.ExitEnsemble(whole)
         }
-        evaluation["exits"] = compared = compare_exits(stacked, labels, ways, costs, given.size)
-        metrics["exits"] = {row["exit"]: row["val_top1"] for row in compared["rows"]}
-        timed = {**ways, "early": exits.Early(whole, compared["threshold"])}
+        evaluation.exits = compare_exits(stacked, labels, ways, costs, input_spec.size)
+        metrics["exits"] = {row.exit: row.val_top1 for row in evaluation.exits.rows}
+        timed = {**ways, "early": exits.Early(whole, evaluation.exits.threshold)}
     if params.corruptions:
-        harmed = {name: corrupted(classifier, pixels[name], labels[name], given, on) for name in tables}
-        evaluation["corruptions"] = {"severities": corruptions.SEVERITIES, **harmed}
+        harmed = {name: corrupted(classifier, pixels[name], labels[name], input_spec, on) for name in tables}
+        evaluation.corruptions = Corruptions(severities=list(corruptions.SEVERITIES), **harmed)
         metrics |= {f"{name}_corrupted_top1": float(np.mean(list(shares.values()))) for name, shares in harmed.items()}
     if params.timing:
-        speeds = images_per_second({name: on.place(m) for name, m in timed.items()}, pixels["val"], given, on)
+        speeds = images_per_second({name: on.place(m) for name, m in timed.items()}, pixels["val"], input_spec, on)
         journal.log(None, **{f"images_per_second_{name}": speed for name, speed in speeds.items()})
-        how = {"device": str(on.device), "dtype": str(on.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-        evaluation["speed"] = {**how, "batch": prediction.BATCH, "images_per_second": speeds}
+        dtype, threads = str(on.dtype).removeprefix("torch."), torch.get_num_threads()
+        evaluation.speed = Speed(
+            device=str(on.device), dtype=dtype, threads=threads, batch=prediction.BATCH, images_per_second=speeds
+        )
     with artifact.writing(out) as tmp:
-        (tmp / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")
-        (tmp / checkpoint.HISTORY).write_bytes((model / checkpoint.HISTORY).read_bytes())
-        pq.write_table(_predictions(tables["val"], logits["val"]), tmp / "predictions.parquet")
-        csv.write_csv(confusion(logits["val"].argmax(1), labels["val"], classes), tmp / "confusion.csv")
+        named = confusion(logits["val"].argmax(1), labels["val"], classes)
+        history = (model / checkpoint.HISTORY).read_bytes()
+        write(tmp, evaluation, _predictions(tables["val"], logits["val"]), named, history)
     return metrics
 
 
 def _predictions(labelled: manifest.Manifest, logits: Tensor) -> pa.Table:
     confidence, predicted = logits.softmax(1).max(1)
-    return pa.table(
-        {
-            "id": labelled.table["id"],
-            "label": labelled.table["label"],
-            "predicted": pa.array(predicted.numpy().astype(np.int32)),
-            "confidence": pa.array(confidence.numpy()),
-        }
-    )
+    columns = [labelled.table["id"], labelled.table["label"], predicted.numpy().astype(np.int32), confidence.numpy()]
+    return pa.table(columns, schema=PREDICTED)
 
 
 def _name(origin: dict[str, Any], role: str) -> str | None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.models import architectures, checkpoint, inputs, network
+from pipeline.report.evaluation import Evaluation, read
 from pipeline.store import artifact
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 BATCHES = (1, 3)  # whose logits are compared: any number of images must do
 TOLERANCE = 1e-3  # of the largest logit
@@ -24,17 +25,18 @@ ONNX, PROGRAM, EXAMPLE, CARD = "model.onnx", "model.pt2", "example.py", "README.
 
 
 class Export(Section):
-    """`model` and `evaluation` are read by dvc.yaml: what to hand over, and the measurement that its card quotes.
+    """What is handed over."""
 
-    `exit`: of a network with exits, the one to end at (null: the deepest); `evaluation` must be that exit's. `name` and
-    `licence` (SPDX) are for the card.
-    """
-
-    model: str
-    evaluation: str
+    model: Made
+    """The model directory to hand over."""
+    evaluation: Made
+    """The measurement that the card quotes: an entry of `evaluate`, of the same exit."""
     exit: PositiveInt | None = None
+    """The exit to end at, of a network with exits; null: the deepest."""
     name: str = "student"
+    """The model's name on the card."""
     licence: str | None = None
+    """The licence on the card: an SPDX identifier; null: none is stated."""
 
 
 class Classifier(nn.Module):
@@ -43,11 +45,11 @@ class Classifier(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, model: nn.Module, given: inputs.Input) -> None:
+    def __init__(self, model: nn.Module, input_spec: inputs.Input) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", 255 * torch.tensor(given.mean).view(1, 3, 1, 1))
-        self.register_buffer("scale", 1 / (255 * torch.tensor(given.std).view(1, 3, 1, 1)))
+        self.register_buffer("mean", 255 * torch.tensor(input_spec.mean).view(1, 3, 1, 1))
+        self.register_buffer("scale", 1 / (255 * torch.tensor(input_spec.std).view(1, 3, 1, 1)))
 
     def forward(self, pixels: Tensor) -> Tensor:
         logits: Tensor = self.model((pixels - self.mean) * self.scale)
@@ -63,21 +65,21 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
     or the program loaded again, gives other logits than torch.
     """
     classes = checkpoint.describe(model).classes
-    classifier, description, given = network.load(model, classes, params.exit)
-    measured = _measured(evaluation, model, params.exit, given)
-    whole = Classifier(classifier, given).eval()
+    classifier, description, input_spec = network.load(model, classes, params.exit)
+    measured = _measured(evaluation, model, params.exit, input_spec.size)
+    whole = Classifier(classifier, input_spec).eval()
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, classifier, description, json.loads((model / checkpoint.HISTORY).read_text()))
-        known_to_timm = _timm_config(tmp, classifier, description, given)
-        gaps = {"onnx": _onnx(tmp / ONNX, whole, given.size), "program": _program(tmp / PROGRAM, whole, given.size)}
+        known_to_timm = _timm_config(tmp, classifier, description, input_spec)
+        gaps = {"onnx": _onnx(tmp / ONNX, whole, input_spec.size), "program": _program(tmp / PROGRAM, whole, input_spec.size)}
         facts = {
             "params": params,
             "description": description,
-            "given": given,
+            "input_spec": input_spec,
             "parameters": architectures.parameters_of(classifier),
-            "macs": architectures.macs(classifier, given.size),
-            "val": measured["val"],
-            "training": measured["training"],
+            "macs": architectures.macs(classifier, input_spec.size),
+            "val": measured.val,
+            "training": measured.training,
             "timm": known_to_timm,
         }
         for name in (EXAMPLE, CARD):
@@ -86,21 +88,22 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
     return {"parameters": facts["parameters"], "bytes": size, **{f"{name}_gap": gap for name, gap in gaps.items()}}
 
 
-def _measured(evaluation: Path, model: Path, exit: int | None, given: inputs.Input) -> dict[str, Any]:
-    """evaluation.json, which the card quotes. Raises UserError if it is of another model, exit or input size."""
-    found: dict[str, Any] = json.loads((artifact.verify(evaluation) / "evaluation.json").read_text())
-    of = artifact.record(evaluation)["inputs"]["model"]
+def _measured(folder: Path, model: Path, exit: int | None, size: int) -> Evaluation:
+    """The evaluation that the card quotes. Raises UserError if it is of another model, exit or input size."""
+    evaluation = read(artifact.verify(folder))
+    of = artifact.record(folder)["inputs"]["model"]
     if of["identity"] != artifact.identity(model):
-        raise UserError(f"{evaluation} measured {of['path']}, not {model}: the card would show figures of another model.")
-    if (found["model"]["exit"], found["model"]["input"]) != (exit, given.size):
+        raise UserError(f"{folder} measured {of['path']}, not {model}: the card would show figures of another model.")
+    measured = evaluation.model
+    if (measured.exit, measured.input) != (exit, size):
         raise UserError(
-            f"{evaluation} measured exit {found['model']['exit']} at {found['model']['input']} pixels, and this exports "
-            f"exit {exit} at {given.size}: name an entry of `evaluate` that measures the same."
+            f"{folder} measured exit {measured.exit} at {measured.input} pixels, and this exports exit {exit} at {size}: "
+            "name an entry of `evaluate` that measures the same."
         )
-    return found
+    return evaluation
 
 
-def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Description, given: inputs.Input) -> bool:
+def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Description, input_spec: inputs.Input) -> bool:
     """Write timm's config.json if timm can make this network by itself; whether it can."""
     import timm
 
@@ -112,10 +115,10 @@ def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Descrip
         {"label_names": list(description.classes)},
         model_args=dict(description.options),
         data_config={
-            "input_size": (3, given.size, given.size),
-            "mean": given.mean,
-            "std": given.std,
-            "crop_pct": given.size / given.side,
+            "input_size": (3, input_spec.size, input_spec.size),
+            "mean": input_spec.mean,
+            "std": input_spec.std,
+            "crop_pct": input_spec.crop,
             "interpolation": "bicubic",
         },
     )
@@ -145,7 +148,7 @@ def _onnx(file: Path, classifier: nn.Module, size: int) -> float:
 
 
 def _program(file: Path, classifier: nn.Module, size: int) -> float:
-    """The same for torch.export."""
+    """Write the program of torch.export, and return what `_onnx` returns."""
     shapes = ({0: torch.export.Dim("batch")},)
     torch.export.save(torch.export.export(classifier, (torch.zeros(2, 3, size, size),), dynamic_shapes=shapes), file)
     return _gap(classifier, size, torch.export.load(file).module(), file)

@@ -1,45 +1,46 @@
 """Keep what a teacher says about a few views of each image, so that students train without it (as TinyViT, Wu et al. 2022)."""
 
 import functools
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.harness import shards, stage
 from pipeline.harness.machine import Machine
-from pipeline.learning.teachers import FILE, Cached, Online, columns
+from pipeline.learning import labels
+from pipeline.learning.teachers import Cached, Online
 from pipeline.learning.views import Batch, View
 from pipeline.models import device, inputs, prediction
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 SHARD = 16 * prediction.BATCH  # images; a killed run loses at most one shard
+CHECKED = 256  # images, drawn by the seed, that are labelled again from the file alone, and compared
 TOLERANCE = 0.05  # of a probability: half precision, and logits that change in their last digits with the batch
 
 
 class Label(Section):
-    """`teacher` and `images` are read by dvc.yaml: who labels what. `labelled`: the labelled images too, their labels unread.
+    """Who labels what."""
 
-    `views`: how many views of each image; a training of more passes sees them again. `m`: how many classes to keep of each, at
-    most all. `check`: so many images, drawn by the seed, are labelled again from the file alone, and compared.
-    """
-
-    teacher: str
-    images: str
+    teacher: Made
+    """A model directory."""
+    images: Made
+    """The images to label (a manifest: `select/top`)."""
     labelled: bool = True
+    """Label the labelled images too, their labels unread."""
     views: PositiveInt = 4
+    """Views of each image; a training of more passes sees them again."""
     m: PositiveInt = 10
+    """How many classes to keep of each, the best; at most all."""
     view: View = View()
-    check: NonNegativeInt = 256
+    """How views are cut, by a name in `views`; a student of these labels names an equal one."""
 
 
 def run(
@@ -50,10 +51,10 @@ def run(
     chosen: Path,
     out: Path,
     seed: int,
-    scratch: Path,
+    workdir: Path,
     machine: Machine,
 ) -> stage.Metrics:
-    """Write `labels.parquet`, a row per image: `id`; `classes` uint16 and `log_p` float16, views x m, best first in each view.
+    """Write the teacher's labels of a few views of each image (`pipeline.learning.labels` has the format).
 
     A `distil` entry whose `teacher` is this artifact replays exactly these views. Shards that a killed run has finished are not
     labelled again. Raises CheckpointError; UserError, and labels all anew the next time, if the check finds another probability
@@ -62,27 +63,24 @@ def run(
     identities = tuple(artifact.identity(path) for path in (chosen, train, teacher))
     labelling = Labelling(chosen, train, teacher, identities, params, seed, machine)
     expert, pixels, (seen, labelled, _) = labelling.opened()
-    folders = shards.finished(labelling, len(seen), SHARD, scratch, machine.executor, "views", "labelling", params.views)
-    facts = {
-        "classes": labelled.classes,
-        "views": params.views,
-        "view": params.view.model_dump(mode="json"),
-        "seed": seed,
-        "side": expert.side,
-        "size": expert.size,
-        "training": expert.training,
-    }
+    folders = shards.finished(labelling, len(seen), SHARD, workdir, machine.executor, "views", "labelling", params.views)
+    facts = labels.Facts(
+        classes=labelled.classes,
+        views=params.views,
+        view=params.view,
+        seed=seed,
+        side=expert.input_spec.canvas_of(params.view.whole),
+        size=expert.size,
+        training=expert.training,
+    )
     with artifact.writing(out) as tmp:
-        schema = pq.read_schema(folders[0] / FILE).with_metadata({"facts": json.dumps(facts)})
-        with pq.ParquetWriter(tmp / FILE, schema, compression="zstd") as writer:
-            for folder in folders:
-                writer.write_table(pq.read_table(artifact.verify(folder) / FILE).replace_schema_metadata(schema.metadata))
+        labels.write(tmp, [artifact.verify(folder) for folder in folders], facts)
         gap = _gap(expert, Cached(tmp, labelled.classes, seen, expert.on, "eval"), pixels, params, seed)
         if gap > TOLERANCE:
             for folder in folders:
                 shutil.rmtree(folder)
             raise UserError(
-                f"the labels of {min(params.check, len(seen))} images, made again, differ by up to {gap:.3f} in a probability "
+                f"the labels of {min(CHECKED, len(seen))} images, made again, differ by up to {gap:.3f} in a probability "
                 f"(at most {TOLERANCE} is rounding), as where a run is killed on one device or precision and ends on another. "
                 "All labels made so far are removed: run the stage again, to make them all in one way."
             )
@@ -101,30 +99,32 @@ class Labelling:
     seed: int
     machine: Machine
 
-    def opened(self) -> tuple[Online, inputs.Pixels, manifest.ToLearn]:
+    def opened(self) -> tuple[Online, inputs.OnDisk, manifest.ToLearn]:
         return _opened(self)
 
     def __call__(self, shard: shards.Rows) -> int:
         """Write the labels of a shard; returns the number of its images."""
         expert, pixels, (seen, labelled, _) = self.opened()
         rows = np.arange(shard.first, shard.last)
-        found = columns(_logits(expert, pixels, rows, self.params, self.seed), min(self.params.m, len(labelled.classes)))
+        ids, m = seen.table["id"].slice(shard.first, len(rows)), min(self.params.m, len(labelled.classes))
+        table = labels.table(ids, _logits(expert, pixels, rows, self.params, self.seed), m)
         with artifact.writing(shard.folder) as tmp:
-            pq.write_table(pa.table({"id": seen.table["id"].slice(shard.first, len(rows)), **found}), tmp / FILE)
+            pq.write_table(table, tmp / labels.FILE)
         return len(rows)
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(labelling: Labelling) -> tuple[Online, inputs.Pixels, manifest.ToLearn]:
+def _opened(labelling: Labelling) -> tuple[Online, inputs.OnDisk, manifest.ToLearn]:
     learned = manifest.to_learn(labelling.chosen, labelling.train, labelling.params.labelled)
     expert = Online(labelling.teacher, learned.labelled.classes, device.pick(labelling.machine))
-    return expert, inputs.OnDisk(learned.seen, expert.side, labelling.machine.cores(labelling.machine.workers)), learned
+    workers, whole = labelling.machine.cores(labelling.machine.workers), labelling.params.view.whole
+    return expert, inputs.OnDisk(learned.seen, expert.input_spec.canvas_of(whole), workers, whole), learned
 
 
-def _logits(expert: Online, pixels: inputs.Pixels, rows: np.ndarray, params: Label, seed: int) -> list[Tensor]:
+def _logits(expert: Online, pixels: inputs.OnDisk, rows: np.ndarray, params: Label, seed: int) -> list[Tensor]:
     """The (N, C) logits of each view of `rows`, in batches of one size."""
-    views = expert.viewer(expert.size, params.view, seed)
-    found: list[list[Tensor]] = [[] for _ in range(params.views)]
+    views = expert.viewer(expert.size, params.view, seed, inputs.aspects(pixels.manifest))
+    by_view: list[list[Tensor]] = [[] for _ in range(params.views)]
     parts = [rows[start : start + prediction.BATCH] for start in range(0, len(rows), prediction.BATCH)]
     full = [np.concatenate([part, np.full(prediction.BATCH - len(part), part[0])]) for part in parts]
     for part, whole, raw in zip(parts, full, inputs.ahead(lambda i: pixels.gather(full[i]), range(len(full))), strict=True):
@@ -132,18 +132,17 @@ def _logits(expert: Online, pixels: inputs.Pixels, rows: np.ndarray, params: Lab
         for number in range(params.views):
             passes = np.full(len(whole), number)
             seen = Batch(views(canvases, whole, passes), whole, passes)
-            found[number].append(expert.logits(seen)[: len(part)].cpu())
-    return [torch.cat(batches) for batches in found]
+            by_view[number].append(expert.logits(seen)[: len(part)].cpu())
+    return [torch.cat(batches) for batches in by_view]
 
 
-def _gap(expert: Online, cached: Cached, pixels: inputs.Pixels, params: Label, seed: int) -> float:
+def _gap(expert: Online, cached: Cached, pixels: inputs.OnDisk, params: Label, seed: int) -> float:
     """The largest difference of a kept probability between the file and the teacher, on views made anew in another order."""
-    count = min(params.check, len(pixels))
-    if not count:
-        return 0.0
+    count = min(CHECKED, len(pixels))
     random = np.random.default_rng(seed)
     rows, passes = random.permutation(len(pixels))[:count], random.integers(0, params.views, count)
-    views = cached.viewer(expert.size, params.view, seed)(expert.on.batch(pixels.gather(rows)), rows, passes)
+    aspects = inputs.aspects(pixels.manifest)
+    views = cached.viewer(expert.size, params.view, seed, aspects)(expert.on.batch(pixels.gather(rows)), rows, passes)
     batch = Batch(views, rows, passes)
     kept = torch.from_numpy(cached.classes[rows, passes].astype(np.int64)).to(expert.on.device)
     said, again = (t.logits(batch).softmax(1).gather(1, kept) for t in (cached, expert))

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
 from pipeline.harness import shards, stage
 from pipeline.harness.machine import Machine
@@ -22,34 +21,29 @@ from pipeline.sources.tars import Tars
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import ImageRefused, decode
 from pipeline.store.manifest import Manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 SHARD = 8192  # images; a killed run loses at most one shard
 CHUNK = 64  # images that a thread takes at a time
 ROWS = "rows.parquet"
+QUALITY = 90  # of the JPEG files
 
 cv2.setNumThreads(1)  # the threads below share the cores already
 
 
 class Pack(Section):
-    """`images` is read by dvc.yaml: a manifest. `labelled`: the labelled images too.
+    """What is resized. Nothing that a model of `canvas` pixels sees is lost but to JPEG if `side` is at least that."""
 
-    `side`: the short side in pixels to which larger images are reduced, as JPEG files of `quality`; an image that is no larger
-    keeps its file.
-
-    Nothing that a model of `canvas` pixels sees is lost but to JPEG if `side` is at least that.
-    """
-
-    images: str
+    images: Made
+    """A manifest: `select/top`."""
     labelled: bool = True
+    """Pack the labelled images too."""
     side: PositiveInt = 256
-    quality: Annotated[int, Field(ge=1, le=100)] = 90
+    """The short side, in pixels, to which larger images are reduced; an image that is no larger keeps its file."""
 
 
-def run(
-    params: Pack, *, chosen: Path, train: Path, out: Path, shards_out: Path, scratch: Path, machine: Machine
-) -> stage.Metrics:
-    """Write `out`, a manifest with the ids and labels of `chosen`, whose images lie in uncompressed tars in `shards_out`.
+def run(params: Pack, *, chosen: Path, train: Path, out: Path, tars_out: Path, workdir: Path, machine: Machine) -> stage.Metrics:
+    """Write `out`, a manifest with the ids and labels of `chosen`, whose images lie in uncompressed tars in `tars_out`.
 
     With those of `train` in it, a training on `out` reads all its images from there.
 
@@ -57,11 +51,11 @@ def run(
     cannot be read any more.
     """
     identities = (artifact.identity(chosen), artifact.identity(train))
-    packing = Packing(chosen, train, identities, shards_out, params, machine)
+    packing = Packing(chosen, train, identities, tars_out, params, machine)
     listed = packing.listed()
-    folders = shards.finished(packing, len(listed), SHARD, scratch, machine.executor, "images", "packing")
+    folders = shards.finished(packing, len(listed), SHARD, workdir, machine.executor, "images", "packing")
     tables = [pq.read_table(artifact.verify(folder) / ROWS) for folder in folders]
-    with artifact.writing(shards_out) as to, artifact.writing(out) as tmp:
+    with artifact.writing(tars_out) as to, artifact.writing(out) as tmp:
         for folder in folders:
             (to / folder.name).mkdir()
             for tar in folder.glob("*.tar"):
@@ -124,7 +118,7 @@ def _reduced(listed: Manifest, row: int, data: bytes, params: Pack) -> tuple[byt
         raise ImageRefused(f"{listed.table['id'][row]}: {refusal}. `prepare` let it pass: set `prepare.check: decode`.") from None
     size = (max(params.side, round(width * scale)), max(params.side, round(height * scale)))
     reduced = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", reduced, [cv2.IMWRITE_JPEG_QUALITY, params.quality])[1].tobytes(), *size
+    return cv2.imencode(".jpg", reduced, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes(), *size
 
 
 def _shard(listed: Manifest, rows: np.ndarray, packed: Iterator[tuple[bytes, int, int]], folder: Path, final: Path) -> pa.Table:
@@ -140,7 +134,7 @@ def _shard(listed: Manifest, rows: np.ndarray, packed: Iterator[tuple[bytes, int
 
 
 def _link(source: Path, to: Path) -> None:
-    """Give a finished file its second name, or copy it where the scratch folder is on another disk."""
+    """Give a finished file its second name, or copy it where the working folder is on another disk."""
     try:
         os.link(source, to)
     except OSError:

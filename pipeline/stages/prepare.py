@@ -1,7 +1,7 @@
 """Index the images of every source, refuse what cannot be used, and split the labelled ones.
 
 A source is first listed (cheap: names, offsets and sizes), so that a missing path or a class without images stops the
-stage before the long part; then every image is read once, checked and measured. Images inside tables are unpacked into
+stage before the long part. Then every image is read once, checked and measured. Images inside tables are unpacked into
 uncompressed tars on the way, so that everything behind this stage sees files and tar members only.
 """
 
@@ -10,20 +10,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
 from pipeline.harness.stage import Metrics
 from pipeline.sources.checking import check_images, reasons_of, refused_of
 from pipeline.sources.listing import Listing, Source, list_files
-from pipeline.sources.source import SourceError, some
+from pipeline.sources.source import SourceError, expect_whole, some
 from pipeline.sources.tars import Tars
 from pipeline.store import artifact, decode, manifest
 from pipeline.store.params import Section
@@ -32,26 +32,30 @@ TRAIN, HOLDOUT, REST = range(3)
 
 
 class Prepare(Section):
-    """Where the images come from, and how the labelled ones are divided.
+    """Where the images come from, and how the labelled ones are divided."""
 
-    `per_class`: the label budget, so many images of each class drawn by `seed` (null: all). `rest`: where the others
-    go, into the pool without their labels or nowhere. `holdout`: the share of each class, at least one image, on which
-    every choice is made. `classes`: the order of the classes, if another than that of their names is wanted (a
-    published checkpoint's). `check`: `decode` every image, or trust its `header`. `max_pixels`: larger images are
-    refused by their header.
-    """
-
-    root: str
+    root: Annotated[str, AfterValidator(expect_whole)]
+    """The folder of all sources, which DVC watches: its whole path, or one relative to params.yaml."""
     labelled: tuple[Source, ...] = Field(min_length=1)
+    """Sources of the images to learn from, with their classes."""
     val: tuple[Source, ...] = Field(min_length=1)
+    """Sources of the validation images, with their classes: for the reported row alone."""
     pool: tuple[Source, ...] = ()
+    """Sources of images without labels; labels that they have are not read."""
     per_class: PositiveInt | None = None
+    """The label budget: so many images of each class, drawn by `seed`. null: all."""
     rest: Literal["pool", "drop"] = "pool"
+    """Where the other labelled images go: into the pool without their labels, or nowhere."""
     holdout: float = Field(0.1, gt=0, lt=1)
+    """The share of each class, at least one image, on which every choice is made."""
     classes: tuple[str, ...] | None = None
+    """The order of the classes, if another than that of their names is wanted (a published checkpoint's)."""
     seed: NonNegativeInt = 0
+    """Draws the budget and the holdout, class by class."""
     check: Literal["decode", "header"] = "decode"
+    """Decode every image, or trust its header."""
     max_pixels: PositiveInt = decode.MAX_PIXELS
+    """Larger images are refused by their header."""
 
 
 # The stage ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Let a teacher look at every image of the pool: its m best classes, with float32 logits."""
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,26 +15,26 @@ from pipeline.errors import UserError
 from pipeline.harness import shards, stage
 from pipeline.harness.machine import Machine
 from pipeline.models import device, inputs, network, prediction
-from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store import artifact, manifest, scores
+from pipeline.store.params import Made, Section
 
-FILE = "scores.parquet"
 SHARD = 64 * prediction.BATCH  # images; a killed run loses at most one shard
 
 
 class Score(Section):
-    """`teacher`: a model directory (read by dvc.yaml). `m`: how many classes to keep of each image, at most all."""
+    """Who scores the pool."""
 
-    teacher: str
+    teacher: Made
+    """A model directory."""
     m: PositiveInt = 10
+    """How many classes to keep of each image, the best; at most all."""
 
 
-def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, scratch: Path, machine: Machine) -> stage.Metrics:
-    """Write `scores.parquet`, row for row the pool's manifest: `class_i` uint16, `logit_i` float32 (best first), `logsumexp`
-    float32.
+def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, workdir: Path, machine: Machine) -> stage.Metrics:
+    """Write the scores of the pool's images, row for row its manifest (`pipeline.store.scores` has the format).
 
-    logit_i - logsumexp is the log-probability; it still tells images apart whose probabilities both round to 1. Shards that a
-    killed run has finished are not scored again. Raises CheckpointError if the teacher's classes are not the training set's.
+    Shards that a killed run has finished are not scored again. Raises CheckpointError if the teacher's classes are not the
+    training set's.
     """
     classes = manifest.read(train).classes
     scoring = Scoring(pool, artifact.identity(pool), teacher, artifact.identity(teacher), classes, params.m, machine)
@@ -44,16 +43,14 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, scr
         raise UserError(
             f"{pool} holds no image: there is nothing to score. Look into data/prepare/quarantine and data/dedup/leaks."
         )
-    folders = shards.finished(scoring, count, SHARD, scratch, machine.executor, "images", "scoring")
-    facts = {"classes": json.dumps(classes), "manifest": scoring.pool_identity}
+    folders = shards.finished(scoring, count, SHARD, workdir, machine.executor, "images", "scoring")
     sure = 0.0
-    with artifact.writing(out) as tmp:
-        schema = pq.read_schema(folders[0] / FILE).with_metadata(facts)
-        with pq.ParquetWriter(tmp / FILE, schema, compression="zstd") as writer:
-            for folder in folders:
-                table = pq.read_table(artifact.verify(folder) / FILE)
-                sure += float(np.exp(table["logit_0"].to_numpy() - table["logsumexp"].to_numpy()).sum(dtype=np.float64))
-                writer.write_table(table.replace_schema_metadata(facts))
+    with artifact.writing(out) as tmp, scores.writer(tmp, scoring.stored, classes, scoring.pool_identity) as writer:
+        for folder in folders:
+            table = pq.read_table(artifact.verify(folder) / scores.FILE)
+            top = np.exp(table["logit_0"].to_numpy() - table[scores.LOGSUMEXP].to_numpy())
+            sure += float(top.sum(dtype=np.float64))
+            writer.write_table(table)
     return {"images": count, "classes": len(classes), "mean_top_probability": sure / count}
 
 
@@ -69,34 +66,37 @@ class Scoring:
     m: int
     machine: Machine
 
+    @property
+    def stored(self) -> int:
+        """How many classes of each image are kept."""
+        return min(self.m, len(self.classes))
+
     def opened(self) -> tuple[nn.Module, inputs.Pixels, inputs.Input, device.Device]:
         return _opened(self)
 
     def __call__(self, shard: shards.Rows) -> int:
         """Write the scores of a shard; returns the number of its images."""
-        model, pixels, given, on = self.opened()
+        model, pixels, input_spec, on = self.opened()
         rows = np.arange(shard.first, shard.last)
         with artifact.writing(shard.folder) as tmp:
-            pq.write_table(_scores(model, pixels, given, on, rows, min(self.m, len(self.classes))), tmp / FILE)
+            pq.write_table(_scores(model, pixels, input_spec, on, rows, self.stored), tmp / scores.FILE)
         return len(rows)
 
 
 @functools.lru_cache(maxsize=1)
 def _opened(scoring: Scoring) -> tuple[nn.Module, inputs.Pixels, inputs.Input, device.Device]:
     on = device.pick(scoring.machine)
-    model, _, given = network.load(scoring.teacher, scoring.classes)
-    pixels = inputs.OnDisk(manifest.read(scoring.pool), given.side, scoring.machine.cores(scoring.machine.workers))
-    return on.place(prediction.folded(model)), pixels, given, on
+    model, _, input_spec = network.load(scoring.teacher, scoring.classes)
+    pixels = inputs.OnDisk(manifest.read(scoring.pool), input_spec.side, scoring.machine.cores(scoring.machine.workers))
+    return on.place(prediction.folded(model)), pixels, input_spec, on
 
 
 def _scores(
-    model: nn.Module, pixels: inputs.Pixels, given: inputs.Input, on: device.Device, rows: np.ndarray, m: int
+    model: nn.Module, pixels: inputs.Pixels, input_spec: inputs.Input, on: device.Device, rows: np.ndarray, m: int
 ) -> pa.Table:
-    logits = torch.cat([batch for _, batch in prediction.logits(model, pixels, given, on, rows)])
+    logits = torch.cat([batch for _, batch in prediction.logits(model, pixels, input_spec, on, rows)])
     best, order = logits.sort(dim=1, descending=True, stable=True)  # stable: of equal logits the lower class first
-    columns = {f"class_{i}": order[:, i].numpy().astype(np.uint16) for i in range(m)}
-    columns |= {f"logit_{i}": best[:, i].numpy() for i in range(m)}
-    return pa.table({**columns, "logsumexp": logits.logsumexp(1).numpy()})
+    return scores.table(order[:, :m].numpy(), best[:, :m].numpy(), logits.logsumexp(1).numpy())
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ from typing import Any, Literal, NamedTuple
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
 from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
+from pipeline.store.scores import LOGSUMEXP, Scores, names_of, open_scores
 
-SCORES = "scores.parquet"
 SELECTION = "selection.json"
 HEAPS = 0.5
 """Share of the memory for the best images so far, 8 bytes each."""
@@ -28,22 +27,25 @@ NAMED = 20
 
 
 class Select(Section):
-    """Which images of the pool are selected (SSLD's documentation; Yalniz et al. 2019 for `top_p`).
+    """Which images of the pool are selected (SSLD's documentation).
 
-    `rule`: `top` takes the `k` images of each class that have the highest log p; `random` takes as many images as
-    `top` would, drawn by the seed; `all` takes the pool. `membership`: an image belongs to its first class (`argmax`),
-    to its first `p` (`top_p`), or to each class that its scores hold (`any`). `several`: whether more than one class
-    may take the same image. If not, the pairs of image and class are gone through from the highest log p down (ties:
-    first image first, then first class first), and a pair is taken when its image is still free and its class has
-    fewer than `k`. `scores` names the entry of `score`; `dvc.yaml` turns it into a path.
+    Without `several`, the pairs of image and class are gone through from the highest log p down (ties: first image first, then
+    first class first). A pair is taken when its image is still free and its class has fewer than `k`.
     """
 
-    scores: str
+    scores: Made
+    """The scores to select by: an entry of `score`."""
     rule: Literal["top", "random", "all"]
+    """`top` takes the `k` images of each class that have the highest log p; `random` takes as many images as `top` would, drawn
+    by the seed; `all` takes the pool."""
     k: PositiveInt = Field(le=999_999)
+    """Images of each class."""
     membership: Literal["argmax", "top_p", "any"] = "argmax"
+    """An image belongs to its first class, to its first `p` (Yalniz et al. 2019), or to each class that its scores hold."""
     p: PositiveInt = 10
+    """How many of its first classes `top_p` counts; at most `m` of the scores."""
     several: bool = True
+    """Whether more than one class may take the same image."""
 
 
 class Taken(NamedTuple):
@@ -57,31 +59,31 @@ class Taken(NamedTuple):
     """float32, -log p >= 0; -1 where the class took the image unranked"""
 
 
-def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, scratch: Path, machine: Machine) -> stage.Metrics:
+def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workdir: Path, machine: Machine) -> stage.Metrics:
     """Keep the pool images that the teacher is surest of, the same number of each class.
 
-    `scores`: an artifact of `score`, made from the manifest `pool`. `out`: a manifest of the selected images, without
-    labels, whose classes are the teacher's; selection.json beside it says for each class how many images it took, how
-    many were available, and the log p of the last. For the rules `random` and `all`, an image counts for its first
-    class, and there is no last log p.
+    `scores`: an artifact of `score`, made from the manifest `pool`. `out`: a manifest of the selected images, without labels,
+    whose classes are the teacher's. The file selection.json beside it says for each class how many images it took, how many
+    were available, and the log p of the last. For the rules `random` and `all`, an image counts for its first class, and there
+    is no last log p.
 
     The result does not depend on threads, memory or row groups. Raises UserError if the scores are of another pool.
     """
     images = manifest.read(pool)
-    classes = _classes(artifact.verify(scores), pool, len(images))
-    table = scores / SCORES
+    scored = _open(artifact.verify(scores), pool, len(images))
+    classes = scored.classes
     rows = np.arange(len(images))
     if params.rule != "all":
-        members = _members(params, table)
+        members = _members(params, scored)
         if params.several or members == 1:
-            taken, available = _top(table, members, params.k, len(images), len(classes), scratch / "duckdb", machine)
+            taken, available = _top(scored, members, params.k, workdir / "duckdb", machine)
         else:
-            taken, available = _shared_out(table, members, params.k, len(classes))
+            taken, available = _shared_out(scored, members, params.k)
         rows = np.unique(taken.images)
     if params.rule == "random":
         rows = np.sort(np.random.default_rng(seed).permutation(len(images))[: len(rows)])
     if params.rule != "top":
-        taken, available = _by_first_class(table, rows, len(classes))
+        taken, available = _by_first_class(scored, rows)
     per_class = _per_class(taken, available, classes)
     short = {c["class"]: c["taken"] for c in per_class if c["taken"] < params.k} if params.rule == "top" else {}
     _warn(short, params.k, len(classes))
@@ -100,29 +102,27 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, scrat
     return metrics
 
 
-def _classes(scores: Path, pool: Path, images: int) -> tuple[str, ...]:
-    """The teacher's classes. Raises UserError unless the scores' rows are the images of `pool`."""
-    file = pq.ParquetFile(scores / SCORES)
-    metadata = file.schema_arrow.metadata or {}
-    if metadata.get(b"manifest", b"").decode() != artifact.identity(pool) or file.metadata.num_rows != images:
+def _open(scores: Path, pool: Path, images: int) -> Scores:
+    """Raises UserError unless the scores' rows are the images of `pool`."""
+    scored = open_scores(scores)
+    if scored.manifest != artifact.identity(pool) or scored.rows != images:
         raise UserError(
             f"{scores} holds the scores of another manifest than {pool}, so its rows are other images. "
             "Run `dvc repro`, which scores the pool that is there now."
         )
     if not images:
         raise UserError(f"{pool} has no image to select from. Name more sources under `prepare.pool`.")
-    return tuple(json.loads(metadata[b"classes"]))
+    return scored
 
 
-def _members(params: Select, table: Path) -> int:
+def _members(params: Select, scored: Scores) -> int:
     """How many of an image's classes, from its first, it may be taken by."""
-    stored = sum(name.startswith("class_") for name in pq.read_schema(table).names)
-    if params.membership == "top_p" and params.p > stored:
+    if params.membership == "top_p" and params.p > scored.m:
         raise UserError(
-            f"`select`: `p` is {params.p}, but {table.parent} holds the first {stored} classes of each image only. "
-            f"Lower `p` to {stored}, or let `score` store more."
+            f"`select`: `p` is {params.p}, but {scored.file.parent} holds the first {scored.m} classes of each image only. "
+            f"Lower `p` to {scored.m}, or let `score` store more."
         )
-    return {"argmax": 1, "top_p": params.p, "any": stored}[params.membership]
+    return {"argmax": 1, "top_p": params.p, "any": scored.m}[params.membership]
 
 
 @contextlib.contextmanager
@@ -143,10 +143,11 @@ def _database(temp: Path, machine: Machine) -> Iterator[duckdb.DuckDBPyConnectio
         ) from None
 
 
-def _top(table: Path, members: int, k: int, images: int, classes: int, temp: Path, machine: Machine) -> tuple[Taken, np.ndarray]:
+def _top(scored: Scores, members: int, k: int, temp: Path, machine: Machine) -> tuple[Taken, np.ndarray]:
     """The `k` images of highest log p of each class, ties by row, all of a class that has fewer; and how many it has, (C,)."""
-    numbers = ", ".join(f"class_{j}" for j in range(members))
-    surprisals = ", ".join(f"logsumexp - logit_{j}" for j in range(members))
+    classes, table = len(scored.classes), [str(scored.file)]
+    numbers = ", ".join(names_of("class", members))
+    surprisals = ", ".join(f"{LOGSUMEXP} - {logit}" for logit in names_of("logit", members))
     pairs = f"""
         SELECT unnest([{numbers}]) AS class, unnest([{surprisals}]) AS surprisal, file_row_number AS image
         FROM read_parquet(?, file_row_number => true)
@@ -154,10 +155,10 @@ def _top(table: Path, members: int, k: int, images: int, classes: int, temp: Pat
     with _database(temp, machine) as db:
         # Each thread allocates a heap for each class at its full size. Where these are more than fit, the classes
         # are counted first, and no heap is larger than its class.
-        heaps = np.full(classes, min(k, images))
+        heaps = np.full(classes, min(k, scored.rows))
         room = HEAPS * machine.memory_gb * 1e9 / 8
         if heaps.sum() > room:
-            counted = db.execute(f"SELECT class, count(*) FROM ({pairs}) GROUP BY class", [str(table)]).fetchall()
+            counted = db.execute(f"SELECT class, count(*) FROM ({pairs}) GROUP BY class", table).fetchall()
             sizes = dict(counted)
             heaps = np.minimum(heaps, [sizes.get(c, 1) for c in range(classes)])
         db.execute(f"SET threads = {min(machine.cores(machine.threads), max(1, int(room / heaps.sum())))}")
@@ -171,9 +172,9 @@ def _top(table: Path, members: int, k: int, images: int, classes: int, temp: Pat
             FROM ({pairs})
             GROUP BY class
             """,
-            params=[str(table)],
+            params=table,
         ).to_arrow_table()
-    _refuse_nan(best["largest"].to_numpy(), table)
+    _refuse_nan(best["largest"].to_numpy(), scored)
     number = best["class"].to_numpy().astype(np.int64)
     available = np.zeros(classes, np.int64)
     available[number] = best["available"].to_numpy()
@@ -183,17 +184,17 @@ def _top(table: Path, members: int, k: int, images: int, classes: int, temp: Pat
     return Taken(key & 0xFFFFFFFF, takers, (key >> 32).astype(np.int32).view(np.float32)), available
 
 
-def _shared_out(table: Path, members: int, k: int, classes: int) -> tuple[Taken, np.ndarray]:
-    """The same with each image taken at most once, in the order that `Select` states.
+def _shared_out(scored: Scores, members: int, k: int) -> tuple[Taken, np.ndarray]:
+    """What `_top` returns, with each image taken at most once, in the order that `Select` states.
 
-    Found without sorting all pairs, as a stable matching (Gale and Shapley 1962): each image asks its first class; a
+    Found without sorting all pairs, as a stable matching (Gale and Shapley 1962). Each image asks its first class. A
     class keeps the best k that ever asked; whom it turns down asks the next class. Both sides rank by the same log p,
     so there is one stable matching, and it is that of the greedy order. Holds all pairs in memory, 6 bytes each.
     """
-    of = _matrix(table, [f"class_{j}" for j in range(members)])  # N, P
-    logits = _matrix(table, [f"logit_{j}" for j in range(members)])
-    surprisal = _matrix(table, ["logsumexp"]) - logits
-    _refuse_nan(surprisal, table)
+    of = scored.matrix(names_of("class", members))  # N, P
+    logits = scored.matrix(names_of("logit", members))
+    surprisal = scored.matrix([LOGSUMEXP]) - logits
+    _refuse_nan(surprisal, scored)
     surprisal = np.maximum(surprisal, np.float32(0))
     asks = np.zeros(len(of), np.uint16)  # the position of the class that the image asks, or is held by
     held, asking = np.empty(0, np.int64), np.arange(len(of))
@@ -207,24 +208,18 @@ def _shared_out(table: Path, members: int, k: int, classes: int) -> tuple[Taken,
         turned_down = rivals[~wins]
         asks[turned_down] += 1
         asking = turned_down[asks[turned_down] < members]
-    available = np.bincount(of.ravel(), minlength=classes)
+    available = np.bincount(of.ravel(), minlength=len(scored.classes))
     return Taken(held, of[held, asks[held]].astype(np.int64), surprisal[held, asks[held]]), available
 
 
-def _by_first_class(table: Path, rows: np.ndarray, classes: int) -> tuple[Taken, np.ndarray]:
-    first = _matrix(table, ["class_0"])[:, 0].astype(np.int64)
-    return Taken(rows, first[rows], np.full(len(rows), -1, np.float32)), np.bincount(first, minlength=classes)
+def _by_first_class(scored: Scores, rows: np.ndarray) -> tuple[Taken, np.ndarray]:
+    first = scored.matrix(names_of("class", 1))[:, 0].astype(np.int64)
+    return Taken(rows, first[rows], np.full(len(rows), -1, np.float32)), np.bincount(first, minlength=len(scored.classes))
 
 
-def _refuse_nan(surprisals: np.ndarray, table: Path) -> None:
+def _refuse_nan(surprisals: np.ndarray, scored: Scores) -> None:
     if not np.isfinite(surprisals).all():
-        raise UserError(f"{table} holds logits that are NaN or infinite: their teacher is broken. Look at its training.")
-
-
-def _matrix(table: Path, columns: list[str]) -> np.ndarray:
-    """(N, len(columns))"""
-    stored = pq.read_table(table, columns=columns)
-    return np.stack([stored[name].to_numpy() for name in columns], axis=1)
+        raise UserError(f"{scored.file} holds logits that are NaN or infinite: their teacher is broken. Look at its training.")
 
 
 def _per_class(taken: Taken, available: np.ndarray, classes: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -11,44 +11,49 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from pipeline.harness import stage
-from pipeline.harness.machine import Machine
-from pipeline.learning import losses
+from pipeline.learning import losses, views
 from pipeline.learning.loop import fit, optimisers
+from pipeline.learning.loop.trained import Counts
 from pipeline.learning.teachers import read
-from pipeline.learning.views import Batch, View, viewer
-from pipeline.models import architectures, checkpoint, device, exits, inputs, network, prediction
+from pipeline.models import device, exits, inputs, network, prediction
 from pipeline.models.exits import Exited
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
 
 LABELS = "labels"
 """The `teacher` of an entry that learns from labels; data/labels stands in dvc.yaml where a model directory would."""
 
 
 class SelfDistil(Section):
-    """`init`, `teacher` and `images` are read by dvc.yaml: what to start from, whom to learn from, which images to learn on.
+    """What the network with exits starts from, whom its exits learn from, on which images, and how.
 
-    `teacher: labels` is the paper's method, on labelled `images` (`dedup/train`). With a model directory or cached labels as the
-    teacher (see `distil`) the exits learn its soft labels by `loss` instead, on `images` and, where `labelled` is set, on the
-    labelled ones with their labels unread: a student of SSLD that also teaches itself.
-
-    `alpha` weighs the deepest exit's probabilities at `temperature` against the labels, `lambda` its features; both apply to the
-    exits before it. Published code has alpha 0.1 and 0.3, temperature 3, and lambda 1e-6 on pooled features summed over a batch
-    of 128 (1.28e-4 where a batch is averaged, as here). `alpha: 0` with `lambda: 0` is deep supervision, the control.
+    `alpha` and `lambda` apply to the exits before the deepest. Both 0 is deep supervision, the control.
     """
 
-    init: str
-    teacher: str
-    images: str
+    init: Made
+    """`scratch`, or the model directory to start from, or a checkpoint file."""
+    teacher: Made
+    """`labels`: the paper's method, on labelled `images`. With a model directory or cached labels (see `distil`) the exits
+    learn its soft labels by `loss` instead: a student of SSLD that also teaches itself."""
+    images: Made
+    """The images to learn on (a manifest: `dedup/train`)."""
     model: network.Network | None = None
+    """The network without exits, by its name in `models`; where `init` is a model directory, the one that it holds."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Weighs the deepest exit's probabilities against the labels. Published code has 0.1 and 0.3."""
     lambda_: NonNegativeFloat = Field(1e-4, alias="lambda")
+    """Weighs the deepest exit's features. Published code has 1e-6 on pooled features summed over a batch of 128 (1.28e-4 where
+    a batch is averaged, as here)."""
     temperature: Annotated[float, Field(gt=0)] = 3.0
+    """T of the deepest exit's probabilities. Published code has 3."""
     labelled: bool = True
+    """With a teacher: add the labelled images, their labels unread, to `images`."""
     loss: losses.SoftLoss = losses.SoftLoss()
-    view: View | None = None
-    training: optimisers.Training
-    note: str | None = None
+    """With a teacher: how far an exit is from it."""
+    view: views.View | None = None
+    """How views are cut, by a name in `views`; with cached labels, as these were made."""
+    training: optimisers.Steps
+    """How long and how fast, by a name in `trainings`."""
 
 
 Target = Callable[[Tensor], Tensor]
@@ -64,10 +69,7 @@ def run(
     teacher: Path,
     chosen: Path,
     out: Path,
-    seed: int,
-    scratch: Path,
-    journal: stage.Journal,
-    machine: Machine,
+    job: stage.Job,
 ) -> stage.Metrics:
     """Minimise, over exits i = 1..C, the sum of `objective`, and write the network with all its exits.
 
@@ -77,72 +79,51 @@ def run(
     from_labels = teacher.name == LABELS and teacher.is_file()  # a folder is an entry of that name
     seen, labelled, unlabelled = manifest.to_learn(chosen, train, params.labelled and not from_labels)
     held_out = manifest.read(holdout)
-    on = device.pick(machine)
-    student, description = network.start_exits(params.model, init, labelled.classes, seed)
-    on.place(student)
-    given = inputs.Input.model_validate(description.input)
-    cores = machine.cores(machine.workers)
-    side, size, views = given.side, given.size, viewer(given.size, params.view or View(), seed)
-    frozen: list[tuple[nn.Module, int]] = []
+    on = device.pick(job.machine)
+    student, description = network.start_exits(params.model, init, labelled.classes, job.seed)
+    input_spec = description.input
+    aspects, size, frozen = inputs.aspects(seen), input_spec.size, list[tuple[nn.Module, int]]()
     if from_labels:
-        labels = torch.from_numpy(seen.labels())
-        smoothing = params.training.smoothing
+        labels, smoothing = torch.from_numpy(seen.labels()), params.training.smoothing
         origin: dict[str, Any] = {"labelled": len(labelled) + len(held_out)}
+        view = params.view or views.View()
+        side, viewer = input_spec.canvas_of(view.whole), views.viewer(size, view, job.seed, aspects)
 
-        def target(batch: Batch) -> Target:
+        def target(batch: views.Batch) -> Target:
             y = labels[batch.rows].to(on.device)  # B
             return lambda s: F.cross_entropy(s.float(), y, label_smoothing=smoothing)
     else:
         taught_by = read(teacher, labelled.classes, seen, on)
-        side, size = taught_by.canvas(side), max(size, taught_by.size)
-        views, frozen, origin = taught_by.viewer(size, params.view, seed), taught_by.networks, taught_by.training
+        view = params.view or taught_by.view
+        side, frozen, origin = taught_by.canvas(input_spec, view.whole), taught_by.networks, taught_by.training
+        viewer = taught_by.viewer(max(size, taught_by.size), view, job.seed, aspects)
 
-        def target(batch: Batch) -> Target:
+        def target(batch: views.Batch) -> Target:
             t = taught_by.logits(batch)  # B, C
             return lambda s: params.loss(s, t)
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        found = model(inputs.normalise(batch.views, given))
-        return objective(found, target(batch), params.alpha, params.lambda_, params.temperature)
+    def loss(model: nn.Module, batch: views.Batch) -> Tensor:
+        exited = model(inputs.normalise(batch.views, input_spec))
+        return objective(exited, target(batch), params.alpha, params.lambda_, params.temperature)
 
-    check = checker(inputs.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on)
-    model, history = fit.fit(
-        student,
-        loss,
-        inputs.load(seen, side, cores, machine.memory_gb, "images"),
-        views,
-        params.training,
-        seed=seed,
-        device=on,
-        scratch=scratch,
-        journal=journal,
-        label="self-distilling",
-        check=check,
-        checkpoint_minutes=machine.checkpoint_minutes,
-    )
-    described = description.trained(
-        params.training.steps,
-        params.training.batch,
-        origin.get("labelled", 0),
-        0 if from_labels else unlabelled,
-        params.note or origin.get("note"),
-        macs=architectures.macs_of_training(model, given.size, *frozen),
-    )
+    pixels = inputs.load(seen, side, job.machine, "images", view.whole)
+    check = checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
+    trained = fit.fit(student, loss, pixels, viewer, params.training, check, job=job, device=on, label="self-distilling")
+    counts = Counts(len(seen), origin.get("labelled", 0), 0 if from_labels else unlabelled)
+    note = origin.get("note")
     with artifact.writing(out) as tmp:
-        checkpoint.save(tmp, model, described, history)
-    facts = {"steps": params.training.steps, "images": len(seen), "parameters": architectures.parameters_of(model)}
-    return facts | fit.final(history)
+        return trained.save(tmp, description, counts, note, frozen=frozen)
 
 
-def objective(found: Exited, target: Target, alpha: float, lambda_: float, temperature: float) -> Tensor:
+def objective(exited: Exited, target: Target, alpha: float, lambda_: float, temperature: float) -> Tensor:
     """Sum over exits i of (1 - alpha) target(s_i) + alpha T^2 KL(q_C || q_i) + lambda ||F_i - F_C||^2.
 
-    q = softmax(s / T) of an exit's logits, F its features before the pool, C the deepest exit: it has neither of the last two
-    terms, its first has the weight 1, and no gradient reaches it through those of the others. Each term is the mean over the
+    q = softmax(s / T) of an exit's logits, F its features before the pool, C the deepest exit. That one has neither of the last
+    two terms, its first has the weight 1, and no gradient reaches it through those of the others. Each term is the mean over the
     batch of a sum over classes or over a whole feature map, in float32.
     """
-    *shallow, deepest = found.logits
-    *maps, deepest_map = (f.float() for f in found.features)
+    *shallow, deepest = exited.logits
+    *maps, deepest_map = (f.float() for f in exited.features)
     from_deepest = losses.SoftLoss(name="kl", temperature=temperature)
     total = target(deepest)
     for s, f in zip(shallow, maps, strict=True):
@@ -155,13 +136,13 @@ def objective(found: Exited, target: Target, alpha: float, lambda_: float, tempe
 
 
 def checker(
-    pixels: inputs.Pixels, labels: np.ndarray, given: inputs.Input, on: device.Device
+    pixels: inputs.Pixels, labels: np.ndarray, input_spec: inputs.Input, on: device.Device
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A function that measures all exits: `top1` (0..1) and `nll` (nats) of the deepest, `top1_exit1` ... of those before it."""
     wanted = torch.from_numpy(labels)
 
     def check(model: nn.Module) -> dict[str, float]:
-        out = torch.cat([batch for _, batch in prediction.logits(exits.Stacked(model), pixels, given, on)])  # N, exits, C
+        out = torch.cat([batch for _, batch in prediction.logits(exits.Stacked(model), pixels, input_spec, on)])  # N, exits, C
         right = (out.argmax(2) == wanted[:, None]).double().mean(0)
         *before, top1 = right.tolist()
         nll = float(F.cross_entropy(out[:, -1], wanted))

@@ -1,55 +1,51 @@
 """Train a model on labels, or bring in a published one: teachers, baselines, fine-tunes."""
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt
+from pydantic import AfterValidator, NonNegativeInt
 from torch import Tensor, nn
 
 from pipeline.harness import stage
-from pipeline.harness.machine import Machine
 from pipeline.learning import views
 from pipeline.learning.loop import fit, optimisers
-from pipeline.models import architectures, checkpoint, device, inputs, network, prediction
+from pipeline.learning.loop.trained import Counts
+from pipeline.models import device, inputs, network, prediction
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Section
+from pipeline.store.params import Made, Section
+
+
+def _if_any(training: optimisers.Training | None) -> optimisers.Training | None:
+    return training if training and training.steps else None
 
 
 class Teach(Section):
-    """`init`: `scratch`, or the model directory to start from (`teach/teacher`). `training: null` keeps the model as it comes.
+    """What the model starts from, and how it learns from labels."""
 
-    `exit`: of an `init` with several exits, where the model ends (null: at the deepest); with `training: null` that exit becomes
-    a model directory of its own.
-
-    `labels`: learn from so few labelled images, a number (50) or a share (0.01) of each class, drawn by the seed; `labels.txt` in
-    the model directory names them, and the table counts them alone. `from_layer`: of a model from `pretrain`, after which layer
-    of its projection head the classifier stands: 1 in SimCLRv2, 0 (on the encoder) where all labels are there.
-    `note` stands below the table.
-    """
-
-    init: str
+    init: Made
+    """`scratch`, or the model directory to start from (`teach/teacher`), or a checkpoint file (`raw/teachers/it.pth`)."""
     model: network.Network | None = None
+    """The network, by its name in `models`; where `init` is a model directory, the one that it holds."""
     exit: int | None = None
+    """Where an `init` with several exits ends; null: at the deepest. Without training that exit becomes a model directory of its
+    own."""
     view: views.View = views.View()
-    training: optimisers.Training | None = None
+    """How views are cut, by a name in `views`."""
+    training: Annotated[optimisers.Training | None, AfterValidator(_if_any)] = None
+    """How long and how fast, by a name in `trainings`; `steps: 0` keeps the model as it comes."""
     labels: manifest.Amount | None = None
+    """Learn from so few labelled images, a number (50) or a share (0.01) of each class, drawn by the seed; null: all.
+    `labels.txt` in the model directory names them, and the table counts them alone."""
     from_layer: NonNegativeInt | None = None
+    """After which layer of the projection head the classifier stands, where `init` is from `pretrain`: 1 in SimCLRv2, 0 (on the
+    encoder) where all labels are there."""
     note: str | None = None
+    """A remark that stands below the table."""
 
 
-def run(
-    params: Teach,
-    *,
-    train: Path,
-    holdout: Path,
-    init: Path,
-    out: Path,
-    seed: int,
-    scratch: Path,
-    journal: stage.Journal,
-    machine: Machine,
-) -> stage.Metrics:
+def run(params: Teach, *, train: Path, holdout: Path, init: Path, out: Path, job: stage.Job) -> stage.Metrics:
     """Minimise the cross entropy of `train`'s labels, starting from `init`, and write the model directory `out`.
 
     The held-out images are measured ten times in a run, never trained on. Raises TrainingError, CheckpointError, ModelError.
@@ -57,49 +53,29 @@ def run(
     labelled, held_out = manifest.read(train), manifest.read(holdout)
     known = len(labelled) + len(held_out)
     if params.labels is not None:
-        labelled = manifest.balanced(labelled, params.labels, seed)
+        labelled = manifest.balanced(labelled, params.labels, job.seed)
         known = len(labelled)
-    on = device.pick(machine)
-    model, description = network.start(params.model, init, labelled.classes, seed, params.exit, params.from_layer)
-    model = on.place(model)
-    given = inputs.Input.model_validate(description.input)
-    cores = machine.cores(machine.workers)
-    check = prediction.checker(
-        inputs.load(held_out, given.side, cores, machine.memory_gb, "holdout"), held_out.labels(), given, on
-    )
-    history: dict[str, list[dict[str, float]]] = {"train": [], "holdout": []}
-    if params.training is not None:
-        labels = torch.from_numpy(labelled.labels())
-        smoothing = params.training.smoothing
+    on = device.pick(job.machine)
+    model, description = network.start(params.model, init, labelled.classes, job.seed, params.exit, params.from_layer)
+    input_spec = description.input
+    check = prediction.checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
+    if params.training is None:
+        trained = fit.as_it_comes(on.place(model), check)
+    else:
+        labels, smoothing = torch.from_numpy(labelled.labels()), params.training.smoothing
 
         def cross_entropy(model: nn.Module, batch: views.Batch) -> Tensor:
             y = labels[batch.rows].to(on.device)  # N
-            return F.cross_entropy(model(inputs.normalise(batch.views, given)).float(), y, label_smoothing=smoothing)
+            return F.cross_entropy(model(inputs.normalise(batch.views, input_spec)).float(), y, label_smoothing=smoothing)
 
-        model, history = fit.fit(
-            model,
-            cross_entropy,
-            inputs.load(labelled, given.side, cores, machine.memory_gb, "train"),
-            views.viewer(given.size, params.view, seed),
-            params.training,
-            seed=seed,
-            device=on,
-            scratch=scratch,
-            journal=journal,
-            label="training",
-            check=check,
-            checkpoint_minutes=machine.checkpoint_minutes,
-        )
-    steps, batch = (params.training.steps, params.training.batch) if params.training else (0, 0)
-    cost = architectures.macs_of_training(model, given.size)
-    described = description.trained(steps, batch, known, 0, params.note, macs=cost)
+        whole = params.view.whole
+        pixels = inputs.load(labelled, input_spec.canvas_of(whole), job.machine, "train", whole)
+        viewer = views.viewer(input_spec.size, params.view, job.seed, inputs.aspects(labelled))
+        trained = fit.fit(model, cross_entropy, pixels, viewer, params.training, check, job=job, device=on, label="training")
     with artifact.writing(out) as tmp:
         if params.labels is not None:
             (tmp / "labels.txt").write_text("".join(f"{name}\n" for name in labelled.table["id"].to_pylist()))
-        checkpoint.save(tmp, model, described, history)
-    measured = history if params.training else {"holdout": [check(model)]}
-    facts = {"steps": steps, "images": len(labelled), "parameters": architectures.parameters_of(model)}
-    return facts | fit.final(measured)
+        return trained.save(tmp, description, Counts(len(labelled), known), params.note)
 
 
 if __name__ == "__main__":

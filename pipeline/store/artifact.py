@@ -42,7 +42,7 @@ def writing(out: Path) -> Iterator[Path]:
         record = provenance.get()
         if record is not None:
             (tmp / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        files = {name: {"sha256": _sha256(tmp / name), "size": (tmp / name).stat().st_size} for name in _files(tmp)}
+        files = {name: _facts(tmp / name) for name in _files(tmp)}
         (tmp / CHECKSUMS).write_text(json.dumps({"files": files}, indent=1, sort_keys=True) + "\n")
 
 
@@ -97,7 +97,7 @@ def _exchange(a: Path, b: Path) -> None:
 
 @contextlib.contextmanager
 def writing_file(path: Path) -> Iterator[Path]:
-    """The same for one file (a metrics file, a checkpoint): a temporary name, synced and renamed on a clean exit."""
+    """A temporary name for one file (a metrics file, a checkpoint), synced and renamed on a clean exit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -121,7 +121,7 @@ def verify(path: Path) -> Path:
             raise ArtifactError(f"{path / name} is missing. {_remake(path)}")
         if name not in expected:
             raise ArtifactError(f"{path / name} does not belong to the artifact {path}. Remove it, or {_remake(path)}")
-        if _sha256(path / name) != expected[name]:
+        if _facts(path / name) != expected[name]:
             raise ArtifactError(f"{path / name} was altered after it was written (checksum mismatch). {_remake(path)}")
     return path
 
@@ -130,7 +130,7 @@ def identity(path: Path) -> str:
     """The identity of an input, as a SHA-256 hex digest: of an artifact or a file, its content.
 
     A plain folder (a user's data, or a folder of artifacts) is known by the names and sizes of its files and by the content of
-    the artifacts in it: whoever reads it more closely, as `prepare` does, has to check what it reads.
+    the artifacts in it. Whoever reads it more closely, as `prepare` does, has to check what it reads.
     """
     if path.is_file():
         return _sha256(path)
@@ -151,13 +151,16 @@ def record(path: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _checksums(path: Path) -> dict[str, str]:
-    """SHA-256 by file name."""
+def _facts(file: Path) -> dict[str, Any]:
+    return {"sha256": _sha256(file), "size": file.stat().st_size}
+
+
+def _checksums(path: Path) -> dict[str, dict[str, Any]]:
+    """The facts of each file by its name."""
     if not path.is_dir():
         raise ArtifactError(f"{path} is not there. {_remake(path)}")
     try:
-        files = json.loads((path / CHECKSUMS).read_text())["files"]
-        return {name: entry["sha256"] for name, entry in files.items()}
+        return dict(json.loads((path / CHECKSUMS).read_text())["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is not a whole artifact: its {CHECKSUMS} cannot be read. {_remake(path)}") from error
 

@@ -32,7 +32,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     clipped), transparent pixels lie on white, of an animation the first frame counts. Colour profiles are not applied.
 
     Raises ImageRefused for empty, non-image, truncated or damaged data (as far as the format can tell: JPEG and PNG
-    can), for pixels without a defined range (float, 32 bits), and for more than `max_pixels` by the header.
+    can). Also for pixels without a defined range (float, 32 bits), and for more than `max_pixels` by the header.
     """
     header = _header(data, max_pixels)
     try:

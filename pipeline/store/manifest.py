@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 
 
 Amount = PositiveInt | Annotated[float, Field(gt=0, le=1)]
-"""So many images of each class, or a share of them: 50, 0.01."""
+"""A number of images of each class, or a share of them: 50, 0.01."""
 
 
 class ManifestError(UserError):
@@ -62,8 +62,8 @@ class Manifest:
 
     def labels_of(self, images: "Manifest", otherwise: int) -> np.ndarray:
         """(M,) int64: of each of `images` the label that it has here, by its id, or `otherwise`."""
-        found = pc.index_in(images.table["id"], value_set=self.table["id"]).combine_chunks()
-        rows = found.fill_null(-1).to_numpy(zero_copy_only=False)
+        places = pc.index_in(images.table["id"], value_set=self.table["id"]).combine_chunks()
+        rows = places.fill_null(-1).to_numpy(zero_copy_only=False)
         return np.where(rows < 0, otherwise, self.labels()[rows])
 
     def take(self, rows: np.ndarray) -> "Manifest":
@@ -100,7 +100,7 @@ def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
 
 
 def _in_order_of_use(column: pa.ChunkedArray) -> pa.Array:
-    """The same dictionary column, its dictionary made of the values in use in the order of their first row."""
+    """A dictionary column with a dictionary of the values in use alone, in the order of their first row."""
     if not len(column):
         return pa.array([], column.type)
     column = column.unify_dictionaries()
@@ -134,10 +134,10 @@ def to_learn(chosen: Path, train: Path, labelled: bool) -> ToLearn:
 
     An image of both, as where `train` was packed, is read from where `chosen` has it.
     """
-    given, known = read(chosen), read(train)
-    rest = known.take(np.flatnonzero(~_among(known, given)))
-    seen = concat([given, rest]) if labelled and len(rest) else given
-    return ToLearn(seen, known, len(given) - (len(known) - len(rest)))
+    images, known = read(chosen), read(train)
+    rest = known.take(np.flatnonzero(~_among(known, images)))
+    seen = concat([images, rest]) if labelled and len(rest) else images
+    return ToLearn(seen, known, len(images) - (len(known) - len(rest)))
 
 
 def _among(images: Manifest, others: Manifest) -> np.ndarray:
@@ -146,7 +146,7 @@ def _among(images: Manifest, others: Manifest) -> np.ndarray:
 
 
 def balanced(images: Manifest, amount: Amount, seed: int) -> Manifest:
-    """So many images of each class, or that share of them and at least one.
+    """`amount` images of each class, or that share of them and at least one.
 
     Drawn by `seed`; a larger amount holds the images of a smaller one, and no class moves another's draw. Raises ManifestError
     for a class with fewer images.

@@ -1,8 +1,10 @@
 """params.yaml as typed sections: a mistyped key or value stops the run before any work is done."""
 
 import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,12 +13,36 @@ from pipeline.errors import UserError
 
 S = TypeVar("S", bound=BaseModel)
 STAGES = tuple(sorted(p.stem for p in (Path(__file__).parents[1] / "stages").glob("[a-z]*.py")))
+SHELVES = {"model": "models", "view": "views", "training": "trainings"}
+"""Where an entry's field names what it wants, `model: student` for `models.student`, so that DVC knows who uses what."""
+SINGLE = ("prepare", "dedup", "compare")
+"""Stages without entries: their section is one mapping of keys."""
+NEEDED = {
+    "seed": "seed: 0",
+    "prepare": "prepare: {root: ..., labelled: [...], val: [...]}",
+    "dedup": "dedup: {}",
+    "evaluate": "evaluate: {<entry>: {model: ...}}",
+    "compare": "compare: {baseline: <entry of evaluate>}",
+}
+"""What DVC wants to find in params.yaml, and how to write it. Every other section that is missing is empty."""
 
 
 class Section(BaseModel):
-    """A section of params.yaml: frozen, and unknown keys are refused."""
+    """A section of params.yaml: frozen, and unknown keys are refused. The text under a field is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Names:
+    """Marks a string that names an entry: of `section`, or, without one, of any (`teach/teacher`) or else a path below
+    data/."""
+
+    section: str = ""
+
+
+Made = Annotated[str, Names()]
+"""What a stage has made (`teach/teacher`, `select/top`, `dedup/train`), or a path below data/. dvc.yaml reads it."""
 
 
 class ParamsError(UserError):
@@ -24,7 +50,7 @@ class ParamsError(UserError):
 
 
 def load(file: Path, section: type[S], keys: tuple[str, ...]) -> S:
-    """The section at `keys` (such as ("distil", "ssld")) of a params file, validated.
+    """The section at `keys` (such as ("distil", "ssld")) of a params file, validated, with what it names on the shelves.
 
     Raises ParamsError that names the file, the dotted key, and what is wrong there.
     """
@@ -32,22 +58,66 @@ def load(file: Path, section: type[S], keys: tuple[str, ...]) -> S:
     where: Any = tree
     for depth, key in enumerate(keys):
         if not isinstance(where, dict) or key not in where:
-            raise ParamsError(f"{file}: there is no `{'.'.join(keys[: depth + 1])}`{_similar(key, where)}. Add it.")
+            raise ParamsError(f"{file}: there is no `{'.'.join(keys[: depth + 1])}`{similar(key, where)}. Add it.")
         where = where[key]
-    return validate(file, section, keys, where)
+    found, wrong = resolve(tree, section, keys, where)
+    if found is None:
+        raise ParamsError(f"{file}: " + "\n".join(wrong))
+    return found
 
 
-def validate(file: Path, section: type[S], keys: tuple[str, ...], value: Any) -> S:
-    """`value` as a `section`; raises ParamsError listing every key that is wrong."""
+def resolve(tree: Mapping[str, Any], section: type[S], keys: tuple[str, ...], value: Any) -> tuple[S | None, list[str]]:
+    """`value`, which stands at `keys` of `tree`, as a `section`; or None, and every complaint about it."""
+    value, wrong = {} if value is None else value, list[str]()
+    named = on_shelves(section) if isinstance(value, dict) else {}
+    for name, inner in named.items():
+        found, complaints = _from_shelf(tree, inner, SHELVES[name], f"{'.'.join(keys)}.{name}", value.get(name))
+        value = {**value, name: found}
+        wrong += complaints
     try:
-        return section.model_validate({} if value is None else value)
+        whole = section.model_validate(value)
     except ValidationError as error:
-        lines = [_explain(section, ".".join(keys), e) for e in error.errors()]
-        raise ParamsError(f"{file}: " + "\n".join(lines)) from None
+        return None, wrong + _explained(
+            section, keys, [e for e in error.errors() if e["input"] is not None or e["loc"][0] not in named]
+        )
+    return (None if wrong else whole), wrong
+
+
+def _from_shelf(tree: Mapping[str, Any], section: type[S], shelf: str, key: str, name: Any) -> tuple[S | None, list[str]]:
+    things = tree.get(shelf) or {}
+    if not isinstance(name, str):
+        return None, [
+            f"`{key}` is {'missing' if name is None else repr(name)}: it must be the name of one of `{shelf}`. "
+            f"Write `{shelf}: {{<name>: {{...}}}}` at the top of the file, and here `{key.rpartition('.')[2]}: <name>`."
+        ]
+    if not isinstance(things, dict) or name not in things:
+        return None, [f"`{key}` is {name!r}: there is no `{shelf}.{name}`{similar(name, things)}. Add or correct it."]
+    return resolve(tree, section, (shelf, name), things[name])
+
+
+def on_shelves(section: type[BaseModel]) -> dict[str, type[Section]]:
+    """The fields of a section that name something on a shelf, and what it is. (`model` of `evaluate` is a path.)"""
+    fields = {name: sections_in(section.model_fields[name].annotation) for name in SHELVES if name in section.model_fields}
+    return {name: found[0] for name, found in fields.items() if found}
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections in the type of a field: one, several in a union or in a list of one, or none."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
 def read(file: Path) -> dict[str, Any]:
     """The whole file; raises ParamsError when it is missing, not YAML, or has a top-level key that nothing reads."""
+    tree = parsed(file)
+    if wrong := strangers(tree):
+        raise ParamsError(f"{file}: " + "\n".join(wrong))
+    return tree
+
+
+def parsed(file: Path) -> dict[str, Any]:
+    """The whole file, whatever its keys; raises ParamsError when it is missing, or not a YAML mapping."""
     try:
         tree = yaml.safe_load(file.read_text())
     except FileNotFoundError:
@@ -56,31 +126,86 @@ def read(file: Path) -> dict[str, Any]:
         raise ParamsError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ParamsError(f"{file} must be a mapping with the sections {', '.join(STAGES)}.")
-    known = [*STAGES, "seed", "machine"]
-    for key in tree:
-        if key not in known:
-            raise ParamsError(f"{file}: nothing reads the key `{key}`{_similar(str(key), known)}. Known: {', '.join(known)}.")
     return tree
 
 
-def _explain(section: type[BaseModel], prefix: str, error: Any) -> str:
-    key = ".".join([prefix, *(str(part) for part in error["loc"])])
-    if error["type"] == "extra_forbidden":
-        names = list(section.model_fields) if len(error["loc"]) == 1 else []
-        return f"`{key}` is not a known key{_similar(str(error['loc'][-1]), names)}. Remove or correct it."
-    if error["type"] == "missing":
-        return f"`{key}` is required but missing."
-    return f"`{key}` is {error['input']!r}: {error['msg']}."
+def strangers(tree: Mapping[str, Any]) -> list[str]:
+    """A complaint about each top-level key that nothing reads."""
+    known = ["seed", "machine", *SHELVES.values(), *STAGES]
+    return [
+        f"nothing reads the key `{key}`{similar(str(key), known)}. Known: {', '.join(known)}." for key in tree if key not in known
+    ]
 
 
-def _similar(key: str, known: Any) -> str:
+def lacking(tree: Mapping[str, Any]) -> list[str]:
+    """A complaint about each key that DVC needs and that is not there."""
+    return [f"`{key}` is missing. Write `{example}`." for key, example in NEEDED.items() if key not in tree]
+
+
+def _explained(section: type[BaseModel], keys: tuple[str, ...], errors: list[Any]) -> list[str]:
+    """A complaint about each wrong key; what is said for each member of a union stands in one."""
+    said: dict[str, str] = {}
+    blamed = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
+    for error in errors:
+        if error["loc"] in blamed:  # a list is called too short where its members are wrong
+            continue
+        path, known = _place(section, error["loc"], error["type"] == "extra_forbidden")
+        key = ".".join([*keys, *path])
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            what = f"`{key}` is not a known key{similar(path[-1], known)}. Remove or correct it."
+        elif error["type"] == "missing":
+            what = f"`{key}` is required but missing."
+        elif error["type"] == "union_tag_not_found":
+            what = f"`{key}.kind` is required but missing."
+        elif error["type"] == "union_tag_invalid":
+            tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "").split(", ")
+            what = f"`{key}.kind` is {tag!r}{similar(tag, tags)}: it must be one of {', '.join(tags)}."
+        elif isinstance(error["input"], dict | BaseModel):
+            what = f"`{key}`: {message}."
+        else:
+            what = f"`{key}` is {error['input']!r}: {message}."
+        said[key] = f"{said[key]} Or: {message}." if key in said else what
+    return list(said.values())
+
+
+def _place(section: type[BaseModel], loc: tuple[int | str, ...], is_unknown: bool) -> tuple[list[str], list[str]]:
+    """The keys of the file that lead to an error, without what pydantic adds for members of unions; and the keys known
+    there."""
+    path: list[str] = []
+    here: Sequence[type[BaseModel]] = [section]
+    annotation: Any = None
+    for depth, part in enumerate(loc):
+        fields = {field.alias or name: field.annotation for s in here for name, field in s.model_fields.items()}
+        tagged = [s for s in here if "kind" in s.model_fields and part in get_args(s.model_fields["kind"].annotation)]
+        if part in fields:
+            annotation = fields[str(part)]
+            here = sections_in(annotation)
+        elif tagged and len(here) > 1:
+            here = tagged
+            continue
+        elif not isinstance(part, int) and get_origin(annotation) is not dict and not (is_unknown and depth == len(loc) - 1):
+            continue
+        path.append(str(part))
+    return path, [field.alias or name for s in here for name, field in s.model_fields.items()]
+
+
+def similar(key: str, known: Any) -> str:
+    """` (did you mean ...?)` if one of the `known` names is close to `key`."""
     close = difflib.get_close_matches(key, [str(k) for k in known] if known else [], n=1)
     return f" (did you mean `{close[0]}`?)" if close else ""
 
 
 def load_seed(file: Path) -> int:
     """The top-level `seed`: every random choice of a run derives from it."""
-    seed = read(file).get("seed")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ParamsError(f"{file}: `seed` is {seed!r}: it must be an integer of at least 0.")
-    return seed
+    tree = read(file)
+    if wrong := wrong_seed(tree):
+        raise ParamsError(f"{file}: {wrong[0]}")
+    return int(tree["seed"])
+
+
+def wrong_seed(tree: Mapping[str, Any]) -> list[str]:
+    """A complaint about the `seed` if it cannot be used."""
+    seed = tree.get("seed")
+    is_good = isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
+    return [] if is_good else [f"`seed` is {seed!r}: it must be an integer of at least 0."]

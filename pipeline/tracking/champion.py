@@ -2,12 +2,12 @@
 
     python -m pipeline.tracking.champion STAGE... `prepare distil.ssld ...`: the stages that were run or found up to date
 
-The comparison's own run is that of the pipeline where a comparison was made (`tracking.mirror`); where none was, because the run
-had other targets or because DVC had nothing to do, a run is made here, with the same children, params, metrics and tags. The tags
+The comparison's own run is that of the pipeline where a comparison was made (`tracking.mirror`). Where none was, because the run
+had other targets or because DVC had nothing to do, a run is made here, with such children, params, metrics and tags. The tags
 given by WINNOW_TAGS, the git commit and the hash of dvc.lock tie it to its flow run, its code and its data.
 
-The student that the comparison calls best (of the models with the baseline's network, the best on held-out images) becomes a
-version of the registered model `winnow`, with its weights as safetensors, its signature and its metrics. It takes the alias
+The student that the comparison calls best becomes a version of the registered model `winnow`, with its weights as safetensors,
+its signature and its metrics. (Best: on held-out images, of the models with the baseline's network.) It takes the alias
 `champion`, unless the version that has it did better on the same held-out images. Prints, as JSON, the links to the run and to
 the version.
 """
@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.harness.journal import DEFAULT_URI, given_tags, metrics_on_disk, tags_of_now
+from pipeline.report import comparison
+from pipeline.report.evaluation import Evaluation
 from pipeline.store import artifact
 from pipeline.tracking.comparison import complete
 from pipeline.tracking.experiment import Experiment
@@ -36,15 +38,15 @@ DATA = Path("data")
 
 def records(stages: Sequence[str], data: Path = DATA) -> dict[str, dict[str, Any]]:
     """The records of the artifacts of `stages` (`distil.ssld`) and of all they were made from, by key."""
-    found: dict[str, dict[str, Any]] = {}
+    by_key: dict[str, dict[str, Any]] = {}
     for name in stages:
         stage, _, entry = name.partition(".")
         for folder in sorted((data / stage).glob(entry or "*")):
             record = artifact.record(folder)
             if record and record["stage"] == stage and (record["entry"] or "") == entry:
-                found |= record["lineage"]
-                found[record["key"]] = {k: v for k, v in record.items() if k != "lineage"}
-    return found
+                by_key |= record["lineage"]
+                by_key[record["key"]] = {k: v for k, v in record.items() if k != "lineage"}
+    return by_key
 
 
 def summarise(experiment: Experiment, stages: Sequence[str], tags: Mapping[str, str]) -> str:
@@ -78,7 +80,7 @@ class Best(NamedTuple):
 
     name: str
     model: Path
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
     holdout: str
 
 
@@ -91,20 +93,20 @@ def best(data: Path = DATA) -> Best | None:
     folder = data / COMPARISON / "results"
     if not folder.is_dir():
         return None
-    comparison = json.loads((artifact.verify(folder) / "comparison.json").read_text())
-    name = comparison["best"]
+    compared = comparison.read(artifact.verify(folder))
+    name = compared.best
     if name is None:
         return None
     evaluation = artifact.record(data / "evaluate" / name)
     measured = evaluation["inputs"]["model"]
     model = Path(measured["path"])
-    compared = evaluation["key"] in artifact.record(folder)["lineage"]
-    if not compared or not model.is_dir() or artifact.identity(model) != measured["identity"]:
+    is_compared = evaluation["key"] in artifact.record(folder)["lineage"]
+    if not is_compared or not model.is_dir() or artifact.identity(model) != measured["identity"]:
         return None
-    return Best(name, model, comparison["entries"][name], evaluation["inputs"]["holdout"]["identity"])
+    return Best(name, model, compared.entries[name], evaluation["inputs"]["holdout"]["identity"])
 
 
-def register(experiment: Experiment, folder: Path, evaluation: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+def register(experiment: Experiment, folder: Path, evaluation: Evaluation, tags: Mapping[str, str]) -> str:
     """Make the model directory `folder` a version, and the champion if none is better; returns the version.
 
     One that already is a version is not copied again. `tags`: of a new version; those that are measured on the same held-out
@@ -124,12 +126,7 @@ def register(experiment: Experiment, folder: Path, evaluation: Mapping[str, Any]
         except MlflowException:  # it is there
             client.get_registered_model(MODEL)
         run = next(iter(experiment.search("winnow.key", key)), None)
-        metrics = {
-            f"{split}_{name}": float(value)
-            for split in ("val", "holdout")
-            for name, value in evaluation[split].items()
-            if isinstance(value, int | float)
-        }
+        metrics = {name: float(value) for name, value in evaluation.figures().items()}
         facts = {"winnow.key": key, "winnow.stage": record["stage"], "winnow.entry": record["entry"] or "", **tags}
         version = _new_version(experiment, folder, run.info.run_id if run else None, metrics, facts)
     if not _is_beaten(client.get_model_version(MODEL, version), client.get_registered_model(MODEL).aliases.get(CHAMPION), client):
@@ -152,16 +149,18 @@ def _new_version(
     import mlflow
     from mlflow.models import Model
 
+    from pipeline.models import checkpoint  # imports torch: seconds that only a new version takes
+
     mlflow.set_tracking_uri(experiment.uri)  # where the registry looks for a logged model, whatever client it was asked by
-    client, description = experiment.client, json.loads((artifact.verify(folder) / "model.json").read_text())
+    client, description = experiment.client, checkpoint.describe(folder)
     logged = client.create_logged_model(
-        experiment.experiment_id, name=MODEL, source_run_id=run_id, tags=dict(tags), params={"arch": description["arch"]}
+        experiment.experiment_id, name=MODEL, source_run_id=run_id, tags=dict(tags), params={"arch": description.arch}
     )
     with tempfile.TemporaryDirectory() as copy:
         for file in folder.iterdir():
             (Path(copy) / file.name).symlink_to(file.absolute())
-        how_to_load = {"weights": "model.safetensors", "description": "model.json"}
-        takes = signature(description["classes"], description["input"]["size"])
+        how_to_load = {"weights": checkpoint.WEIGHTS, "description": checkpoint.DESCRIPTION}
+        takes = signature(description.classes, description.input.size)
         model = Model(artifact_path=MODEL, signature=takes, flavors={"winnow": how_to_load}, model_id=logged.model_id)
         model.save(str(Path(copy) / "MLmodel"))
         client.log_model_artifacts(logged.model_id, copy)
@@ -190,11 +189,11 @@ def signature(classes: Sequence[str], size: int) -> Any:
 def links(experiment: Experiment, run_id: str, version: str | None) -> dict[str, str]:
     """Where to look: pages of the server, or those that `mlflow ui` on the database would show."""
     server = experiment.uri if experiment.uri.startswith("http") else "http://127.0.0.1:5000"
-    found = {"run": f"{server}/#/experiments/{experiment.experiment_id}/runs/{run_id}"}
+    pages = {"run": f"{server}/#/experiments/{experiment.experiment_id}/runs/{run_id}"}
     if version is not None:
         is_champion = str(experiment.client.get_registered_model(MODEL).aliases.get(CHAMPION)) == version
-        found[CHAMPION if is_champion else "student"] = f"{server}/#/models/{MODEL}/versions/{version}"
-    return found
+        pages[CHAMPION if is_champion else "student"] = f"{server}/#/models/{MODEL}/versions/{version}"
+    return pages
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ TAG_LIMIT = 5000
 def complete(experiment: Experiment, parent: str, lineage: Mapping[str, Any], end: Mapping[str, Any], table: Path) -> None:
     """Give a comparison one child run for every stage it was made from, all their params and metrics, and a table of them.
 
-    executed: its run since the last comparison becomes the child. unchanged: DVC had nothing to do; the child is a copy
-    that names the run it stands for (winnow.source). restored: no run is known, since DVC took the outcome from its cache
-    or the database is new; the child is made from the artifact's record and the metrics file.
+    Executed: its run since the last comparison becomes the child. Unchanged: DVC had nothing to do; the child is a copy
+    that names the run it stands for (winnow.source). Restored: no run is known, since DVC took the outcome from its cache
+    or the database is new. The child is then made from the artifact's record and the metrics file.
     """
     children = {run.data.tags.get("winnow.key"): run for run in experiment.search("mlflow.parentRunId", parent)}
     names = Counter(run_name(record) for record in lineage.values())

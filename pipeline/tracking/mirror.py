@@ -146,9 +146,9 @@ class Mirror:
     def _begin(self, journal: Waiting, experiment: Experiment) -> None:
         """Create the run, or find the one that a mirror created just before it was killed."""
         record, name = journal.record, journal.path.stem
-        found = experiment.search("winnow.journal", name) if journal.known else []
-        if found:
-            run_id = found[0].info.run_id
+        runs = experiment.search("winnow.journal", name) if journal.known else []
+        if runs:
+            run_id = runs[0].info.run_id
         else:
             journal.save()
             tags = {**tags_of(record, "executed"), **journal.begin["tags"], "winnow.journal": name}

@@ -29,8 +29,9 @@ def main() -> int:
             if status:
                 print(house.log(), file=sys.stderr)
                 return 1
+            house.warm()
             house.forget(command)
-            _, seconds = house.run(command)  # the first run of a kind of stage fills caches
+            _, seconds = house.run(command)  # the first run of a kind of stage imports and fills caches
             share = args.kills * (i + 1) // len(todo) - args.kills * i // len(todo)
             kills, differing = kill(house, command, share, random, seconds)
             unnoticed = flip(house, command, random)

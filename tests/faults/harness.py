@@ -1,5 +1,7 @@
 """Runs the stages of dvc.yaml on a tiny house, each in a child forked from a process that has imported everything already."""
 
+import contextlib
+import gc
 import hashlib
 import importlib
 import itertools
@@ -16,19 +18,19 @@ from typing import Any
 
 import cv2
 import numpy as np
-import onnxscript  # noqa: F401 - seconds that every child of `export` would spend
 import yaml
 
 from pipeline.harness import stage
 from pipeline.leaks import search
 from pipeline.stages import label, pack, score
 from pipeline.store import artifact
-from tests.conftest import encoded, tar_of
+from tests.tiny import encoded, tar_of
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = {"arch": "resnet8", "options": {"width": 4, "stem_stride": 2}, "input": {"size": 32}}
 TRAINING = {"steps": 8, "batch": 8, "lr": 0.05}
-STUDENT = {"init": "scratch", "model": MODEL, "teacher": "teach/teacher", "training": TRAINING}
+NAMED = {"model": "small", "view": "shifted", "training": "sgd"}
+STUDENT = {"init": "scratch", "teacher": "teach/teacher", **NAMED}
 PARAMS: dict[str, Any] = {
     "seed": 0,
     # The smallest checkpoint interval: a training is saved after every step, so that each kill meets another state.
@@ -42,23 +44,26 @@ PARAMS: dict[str, Any] = {
         "holdout": 0.25,
     },
     "dedup": {},
-    "pretrain": {
-        "base": {
-            "images": "dedup/pool",
-            "model": MODEL,
-            "memory": {"size": 20, "ema": 0.5},
-            "training": {**TRAINING, "optimizer": "lars"},
-        }
+    "models": {"small": MODEL},
+    "views": {"shifted": {}},
+    "trainings": {
+        "sgd": TRAINING,
+        "lars": {**TRAINING, "optimizer": "lars"},
+        "ema": {**TRAINING, "ema": 0.9},
+        "adamw": {**TRAINING, "optimizer": "adamw"},
     },
-    "teach": {"teacher": {"init": "scratch", "model": MODEL, "training": {**TRAINING, "ema": 0.9}}},
+    "pretrain": {
+        "base": {"images": "dedup/pool", "model": "small", "memory": {"size": 20, "ema": 0.5}, "training": "lars"},
+    },
+    "teach": {"teacher": {"init": "scratch", **NAMED, "training": "ema"}},
     "ensemble": {"both": {"first": "teach/teacher", "second": "distil/online"}},
     "score": {"teacher": {"teacher": "teach/teacher", "m": 2}},
     "select": {"top": {"scores": "score/teacher", "rule": "top", "k": 5}},
     "pack": {"top": {"images": "select/top", "side": 24}},
-    "label": {"top": {"teacher": "teach/teacher", "images": "select/top", "views": 2}},
+    "label": {"top": {"teacher": "teach/teacher", "images": "select/top", "views": 2, "view": "shifted"}},
     "distil": {
         "online": {**STUDENT, "images": "select/top"},
-        "cached": {**STUDENT, "teacher": "label/top", "images": "select/top", "training": {**TRAINING, "optimizer": "adamw"}},
+        "cached": {**STUDENT, "teacher": "label/top", "images": "select/top", "training": "adamw"},
     },
     "self_distil": {"exits": {**STUDENT, "teacher": "labels", "images": "dedup/train"}},
     "evaluate": {"teacher": {"model": "teach/teacher"}, "online": {"model": "distil/online"}},
@@ -110,7 +115,9 @@ class House:
             os.dup2(log, 1)
             os.dup2(log, 2)
             sys.argv = [command.stage, *command.argv]
-            stage.main(importlib.import_module(f"pipeline.stages.{command.stage}").run)
+            module = importlib.import_module(f"pipeline.stages.{command.stage}")
+            module.main() if command.stage == "compare" else stage.main(module.run)
+            Path("modules").write_text("\n".join(sys.modules))
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
@@ -124,6 +131,13 @@ class House:
         begin = time.monotonic()
         pid = self.start(command)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), time.monotonic() - begin
+
+    def warm(self) -> None:
+        """Import what the stage that has just ended had imported, so that no child does it again: seconds of each run."""
+        for name in (self.folder / "modules").read_text().splitlines():
+            with contextlib.suppress(ImportError, AttributeError):  # modules that only others can import
+                importlib.import_module(name)
+        gc.freeze()  # a child that collects garbage would copy every page of these modules
 
     def log(self) -> str:
         return (self.folder / "log").read_text()

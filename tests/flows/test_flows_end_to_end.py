@@ -3,14 +3,17 @@
 All of it on loopback, on free ports, in temporary folders; everything that is started here is ended here, by its process id.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import pytest
 import yaml
 
 from pipeline.store import artifact
-from tests.test_pipeline import PARAMS
+from tests.tiny import PARAMS
 
 DROPPED: dict[str, list[str]] = {"pretrain": [], "self_distil": [], "export": []}
 KEPT = {**DROPPED, "teach": ["teacher"], "distil": ["ssld"], "evaluate": ["baseline", "ssld"]}
@@ -119,14 +122,11 @@ class Site:
         return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.folder.glob("*.log")))
 
     def end(self) -> None:
+        """Kill each process with all it has started: a worker and a server that are asked take 20 seconds each."""
         for process in reversed(self.processes):
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def clone(site: Site) -> None:
@@ -186,10 +186,29 @@ def working_in(folder: Path, word: str) -> list[int]:
     return found
 
 
-def test_the_whole_pipeline_over_two_pools(site: Site) -> None:
-    first = site.run(at_once=2)
-    assert site.finished(first) == "Completed", site.log(first) + site.logs()
-    stages = site.stages(first)
+@dataclass(frozen=True)
+class First:
+    """The first run of the deployment, and what MLflow had when it had ended: name, id, tags, metrics, params of each run."""
+
+    run: str
+    mlflow: list[Any]
+
+
+@pytest.fixture(scope="module")
+def first(site: Site) -> First:
+    run = site.run(at_once=2)
+    assert site.finished(run) == "Completed", site.log(run) + site.logs()
+    script = (
+        "import mlflow, json; mlflow.set_tracking_uri('sqlite:///mlflow.db');"
+        "runs = mlflow.search_runs(search_all_experiments=True, output_format='list');"
+        "print(json.dumps([[r.info.run_name, r.info.run_id, r.data.tags, r.data.metrics, r.data.params] for r in runs]))"
+    )
+    said = site.sh(site.folder, sys.executable, "-W", "ignore", "-c", script)
+    return First(run, json.loads(said.splitlines()[-1]))
+
+
+def test_the_whole_pipeline_over_two_pools(site: Site, first: First) -> None:
+    stages = site.stages(first.run)
     assert sorted(stages) == sorted(site.sh(site.cpu, "dvc", "stage", "list", "--name-only").split())
     assert set(stages.values()) == {"Completed"}
     for checksums in (site.cpu / "data").rglob(artifact.CHECKSUMS):
@@ -200,40 +219,33 @@ def test_the_whole_pipeline_over_two_pools(site: Site) -> None:
     assert site.sh(site.gpu, "git", "status", "--porcelain") == ""
     assert (site.cpu / "data/score/teacher/scores.parquet").is_file()
     assert "Data and pipelines are up to date" in site.sh(site.cpu, "dvc", "status")
-    made = site.artifacts(first)
+    made = site.artifacts(first.run)
     assert "| ssld " in made["comparison"]["data"]
     assert "/runs/" in made["mlflow-run"]["data"]
-    site.cpu_run = first  # type: ignore[attr-defined]
 
 
-def test_mlflow_has_one_run_for_all_of_it(site: Site) -> None:
-    script = (
-        "import mlflow, json; mlflow.set_tracking_uri('sqlite:///mlflow.db');"
-        "runs = mlflow.search_runs(search_all_experiments=True, output_format='list');"
-        "print(json.dumps([[r.info.run_name, r.info.run_id, r.data.tags, r.data.metrics, r.data.params] for r in runs]))"
-    )
-    runs = json.loads(site.sh(site.folder, sys.executable, "-W", "ignore", "-c", script).splitlines()[-1])
-    parents = [run for run in runs if "mlflow.parentRunId" not in run[2]]
+def test_mlflow_has_one_run_for_all_of_it(first: First) -> None:
+    parents = [run for run in first.mlflow if "mlflow.parentRunId" not in run[2]]
     assert [run[0] for run in parents] == ["compare"]
     _, parent, tags, metrics, params = parents[0]
-    assert tags["prefect.flow_run_id"] == site.cpu_run  # type: ignore[attr-defined]
+    assert tags["prefect.flow_run_id"] == first.run
     assert len(tags["winnow.dvc_lock"]) == 64
     assert len(tags["mlflow.source.git.commit"]) == 40
     assert "evaluate.ssld.val_top1" in metrics
     assert params["distil.ssld.training.steps"] == "6"
-    children = {run[0] for run in runs if run[2].get("mlflow.parentRunId") == parent}
+    children = {run[0] for run in first.mlflow if run[2].get("mlflow.parentRunId") == parent}
     assert {"draw.scenes", "prepare", "dedup", "teach.teacher", "score.teacher", "select.top", "distil.ssld"} <= children
 
 
-def test_the_next_run_finds_everything_cached(site: Site) -> None:
+def test_the_next_run_finds_everything_cached(site: Site, first: First) -> None:
     again = site.run()
     assert site.finished(again) == "Completed", site.log(again)
     assert set(site.stages(again).values()) == {"Cached"}
 
 
-def test_a_cancelled_run_leaves_no_process_and_no_trace_in_the_clone(site: Site) -> None:
+def test_a_cancelled_run_leaves_no_process_and_no_trace_in_the_clone(site: Site, first: First) -> None:
     before = (site.cpu / "params.yaml").read_bytes(), (site.cpu / "dvc.lock").read_bytes()
-    run = site.run(targets=["teach@teacher"], set_params=["teach.teacher.training.steps=1000000"])
+    run = site.run(targets=["teach@teacher"], set_params=["trainings.brief.steps=1000000"])
     site.until(lambda: working_in(site.cpu, "pipeline.stages.teach"), 60)
     site.ask(f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})
     assert site.finished(run, 60) == "Cancelled"

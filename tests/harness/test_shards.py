@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,40 +13,11 @@ from pipeline.harness import shards
 from pipeline.harness.machine import Machine
 from pipeline.stages import label, pack, score
 from pipeline.store import artifact
-from tests.conftest import prepared
-from tests.stages.test_dedup import bench, bytes_of
-from tests.stages.test_teach_and_distil import MACHINE, taught
+from tests.harness.work import killed, killed_once, refused, slow, square
+from tests.leaks.bench import bench
+from tests.tiny import MACHINE, bytes_of, prepared, taught
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Dask's own warnings
-
-
-def square(folder: Path, n: int) -> int:
-    with artifact.writing_file(folder / f"{n}.txt") as tmp:
-        tmp.write_text(f"{n * n}\n")
-    return n
-
-
-def killed_once(folder: Path, n: int) -> int:
-    """The process of the fourth shard is killed the first time, before it has written anything."""
-    if n == 3 and not (folder / "killed").exists():
-        (folder / "killed").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return square(folder, n)
-
-
-def killed(folder: Path, n: int) -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return n
-
-
-def refused(folder: Path, n: int) -> int:
-    raise UserError("an image is damaged")
-
-
-def slow(folder: Path, n: int) -> int:
-    (folder / f"{n}.pid").write_text(str(os.getpid()))
-    time.sleep(0.5)
-    return square(folder, n)
+pytestmark = [pytest.mark.whole, pytest.mark.filterwarnings("ignore")]  # Dask's own warnings
 
 
 def written(folder: Path) -> dict[str, str]:
@@ -138,10 +108,10 @@ def test_score_label_and_pack_give_the_same_bytes_on_a_cluster(
     for name, machine in (("here", MACHINE), ("there", MACHINE.model_copy(update={"executor": cluster}))):
         made = tmp_path / name
         labelled = {"train": data / "train", "teacher": teacher}
-        score.run(scoring, pool=data / "pool", **labelled, out=made / "score", scratch=made / "s1", machine=machine)
-        label.run(labelling, chosen=data / "pool", **labelled, out=made / "label", seed=0, scratch=made / "s2", machine=machine)
+        score.run(scoring, pool=data / "pool", **labelled, out=made / "score", workdir=made / "s1", machine=machine)
+        label.run(labelling, chosen=data / "pool", **labelled, out=made / "label", seed=0, workdir=made / "s2", machine=machine)
         monkeypatch.chdir(made)
-        outs = {"out": Path("pack"), "shards_out": Path("shards")}
-        pack.run(packing, chosen=data / "pool", train=data / "train", **outs, scratch=made / "s3", machine=machine)
-    for out in ("score", "label", "pack", "shards"):
+        outs = {"out": Path("pack"), "tars_out": Path("tars")}
+        pack.run(packing, chosen=data / "pool", train=data / "train", **outs, workdir=made / "s3", machine=machine)
+    for out in ("score", "label", "pack", "tars"):
         assert artifact.identity(tmp_path / "here" / out) == artifact.identity(tmp_path / "there" / out), out

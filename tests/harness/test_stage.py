@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.store import artifact
+from pipeline.store import artifact, params
 
 ROOT = Path(__file__).parents[2]
 STAGE = '''
@@ -27,10 +27,10 @@ class Distil(Section):
     do: str = ""
 
 def run(
-    params: Distil, *, source: Path, out: Path, seed: int, scratch: Path, journal: stage.Journal, machine: Machine
+    params: Distil, *, source: Path, out: Path, seed: int, workdir: Path, journal: stage.Journal, machine: Machine
 ) -> stage.Metrics:
     """Copy a text."""
-    (scratch / "resumed").open("a").write("x")
+    (workdir / "resumed").open("a").write("x")
     if params.do == "sleep":
         print("ready", flush=True)
         time.sleep(60)
@@ -41,7 +41,7 @@ def run(
     with artifact.writing(out) as tmp:
         (tmp / "text").write_text(params.text + source.read_text() + str(seed))
     journal.log(step=1, value=2.0)
-    return {"length": len(params.text), "times": len((scratch / "resumed").read_text())}
+    return {"length": len(params.text), "times": len((workdir / "resumed").read_text())}
 
 if __name__ == "__main__":
     stage.main(run)
@@ -57,7 +57,8 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(house: Path, do: str = "", text: str = "hello") -> list[str]:
-    (house / "params.yaml").write_text(json.dumps({"seed": 7, "distil": {"x": {"text": text, "do": do}}}))
+    needed: dict[str, object] = {key: {} for key in params.NEEDED}  # by DVC
+    (house / "params.yaml").write_text(json.dumps({**needed, "seed": 7, "distil": {"x": {"text": text, "do": do}}}))
     return [sys.executable, "distil.py", "x", "--source", "source", "--out", "data/distil/x"]
 
 
@@ -86,13 +87,28 @@ def test_the_key_is_the_content_of_the_inputs_not_their_time(house: Path) -> Non
     assert len(set(keys)) == 3
 
 
-def test_a_full_disk_is_named_and_the_next_run_finds_its_scratch(house: Path) -> None:
+def test_a_full_disk_is_named_and_the_next_run_finds_its_workdir(house: Path) -> None:
     failed = run(house, do="full")
     assert failed.returncode == 75
     assert "the disk is full (data/big)" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert not (house / "data/distil/x").exists()
     assert len(list((house / ".scratch/distil.x").rglob("resumed"))) == 1
+
+
+def test_under_dvc_a_section_that_a_later_stage_needs_is_missed_at_once(house: Path) -> None:
+    start = command(house)
+    tree = json.loads((house / "params.yaml").read_text())
+    (house / "params.yaml").write_text(json.dumps({k: v for k, v in tree.items() if k != "dedup"}))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WINNOW_TRACKING": "off", "DVC_ROOT": str(house)}
+    done = subprocess.run(start, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "error: params.yaml: `dedup` is missing. Write `dedup: {}`.\n")
+    assert not (house / "data").exists()
+
+
+def test_help_describes_the_keys_of_the_section(house: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "pipeline.stages.select", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert "  k: integer ≥ 1, ≤ 999999; required\n      Images of each class.\n" in done.stdout
 
 
 def test_a_defect_keeps_its_traceback(house: Path) -> None:

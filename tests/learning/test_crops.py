@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 from pipeline.learning import crops
 from pipeline.learning.views import Draws
 from pipeline.models import inputs
-from tests.conftest import picture
+from tests.tiny import picture
 
 
 def draws(n: int, seed: int = 0) -> Draws:

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.harness.job import Job
+from pipeline.harness.journal import Journal
+from pipeline.harness.machine import Machine
 from pipeline.learning import views
 from pipeline.learning.loop import fit, optimisers
 from pipeline.models import architectures, inputs
@@ -17,11 +20,6 @@ from pipeline.models.device import Device
 
 CPU = Device(torch.device("cpu"), torch.float32)
 INPUT = inputs.Input(size=8)
-
-
-class Silent:
-    def log(self, step: int | None = None, **values: float) -> None:
-        pass
 
 
 class Killed(Exception):
@@ -44,20 +42,18 @@ def train(
         value = F.cross_entropy(model(inputs.normalise(batch.views, INPUT)), labels[batch.rows])
         return spoil(step, value) if spoil else value
 
-    return fit.fit(
+    trained = fit.fit(
         model,
         loss,
         pixels,
         views.viewer(8, views.View(kind="shift", pad=2, brightness=0.2), seed=3),
         training,
-        seed=3,
+        lambda m: {"top1": float(next(m.parameters()).detach().sum())},
+        job=Job(3, scratch, Journal(), Machine(checkpoint_minutes=1e-9)),  # after every step
         device=CPU,
-        scratch=scratch,
-        journal=Silent(),
         label="test",
-        check=lambda m: {"top1": float(next(m.parameters()).detach().sum())},
-        checkpoint_minutes=1e-9,  # after every step
     )
+    return trained.model, trained.history
 
 
 @pytest.mark.parametrize(
@@ -170,20 +166,18 @@ def test_pieces_of_a_batch_add_up_to_its_gradient(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
         pixels = inputs.InMemory(np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
-        trained, history = fit.fit(
+        trained = fit.fit(
             model,
             lambda model, batch: F.cross_entropy(model(inputs.normalise(batch.views, INPUT)), labels[batch.rows]),
             pixels,
             views.viewer(8, views.View(pad=1), 0),
             optimisers.Training(steps=10, batch=16, accumulate=pieces),
-            seed=0,
+            lambda model: {},
+            job=Job(0, tmp_path / str(pieces), Journal(), Machine()),
             device=CPU,
-            scratch=tmp_path / str(pieces),
-            journal=Silent(),
             label="test",
-            check=lambda model: {},
         )
-        results.append((trained.state_dict(), history))
+        results.append((trained.model.state_dict(), trained.history))
     (whole, whole_history), (pieced, pieced_history) = results
     assert all(torch.allclose(whole[name], pieced[name], atol=1e-5) for name in whole)
     assert whole_history["train"][-1]["loss"] == pytest.approx(pieced_history["train"][-1]["loss"], abs=1e-5)

@@ -15,13 +15,14 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import UserError
+from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
 from pipeline.learning import views
 from pipeline.learning.loop import fit, group, optimisers
 from pipeline.models import device, inputs
 from pipeline.store import artifact
-from tests.conftest import prepared
+from tests.tiny import prepared
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 16}}
@@ -38,14 +39,16 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(house: Path, entry: str, processes: int, **training: Any) -> tuple[list[str], dict[str, str]]:
     machine = {"device": "cpu", "precision": "float32", "threads": 1, "workers": 1, "processes": processes}
-    section = {"init": "scratch", "model": MODEL, "training": {**TRAINING, **training}}
-    (house / f"{entry}.yaml").write_text(json.dumps({"seed": 1, "machine": machine, "teach": {entry: section}}))
+    shelves = {"models": {"it": MODEL}, "views": {"it": {}}, "trainings": {"it": {**TRAINING, **training}}}
+    section = {"init": "scratch", "model": "it", "view": "it", "training": "it"}
+    (house / f"{entry}.yaml").write_text(json.dumps({"seed": 1, "machine": machine, **shelves, "teach": {entry: section}}))
     inputs = ["--train", "data/prepare/train", "--holdout", "data/prepare/holdout", "--init", "data/scratch"]
     args = [entry, *inputs, "--out", f"data/teach/{entry}", "--params", f"{entry}.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WINNOW_TRACKING": "off"}
     return [sys.executable, "-m", "pipeline.stages.teach", *args], environment
 
 
+@pytest.mark.whole
 def test_two_processes_train_what_one_trains(house: Path) -> None:
     for entry, processes in (("alone", 1), ("together", 2)):
         args, environment = command(house, entry, processes, accumulate=1)
@@ -61,6 +64,7 @@ def test_two_processes_train_what_one_trains(house: Path) -> None:
     assert not (house / ".scratch" / "teach.together").exists()
 
 
+@pytest.mark.whole
 def test_the_group_ends_with_its_launcher(house: Path) -> None:
     args, environment = command(house, "long", 2, steps=100_000)
     launcher = subprocess.Popen(args, env=environment, cwd=house, stderr=subprocess.PIPE, text=True)
@@ -108,6 +112,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.whole
 def test_processes_that_would_go_on_from_different_steps_notice(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", AGREED, str(tmp_path)]
@@ -127,10 +132,8 @@ def test_a_group_whose_processes_resume_at_different_steps_does_not_train(
             pixels,
             views.viewer(8, views.View(), 0),
             optimisers.Training(steps=2, batch=4),
-            seed=0,
+            lambda _: {},
+            job=Job(0, tmp_path, Journal(), Machine()),
             device=device.pick(Machine(device="cpu")),
-            scratch=tmp_path,
-            journal=Journal(),
             label="training",
-            check=lambda _: {},
         )

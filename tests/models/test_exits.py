@@ -27,9 +27,7 @@ def with_exits(arch: str = "resnet8", **options: object) -> Exits:
 
 
 def saved(folder: Path, model: Exits, classes: tuple[str, ...] = CLASSES) -> Path:
-    description = checkpoint.Description(
-        "resnet8", classes, inputs.Input(size=16).model_dump(mode="json"), {"width": 4, "exits": "all"}, {"steps": 7}
-    )
+    description = checkpoint.Description("resnet8", classes, inputs.Input(size=16), {"width": 4, "exits": "all"}, {"steps": 7})
     with artifact.writing(folder) as tmp:
         checkpoint.save(tmp, model, description, {"train": [], "holdout": []})
     return folder
@@ -111,7 +109,7 @@ def test_an_exit_that_is_not_there_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "m", with_exits(width=4))
     with pytest.raises(ExitError, match="has the exits 1 to 3"):
         network.load(tmp_path / "m", CLASSES, 4)
-    cut, description = network.start(None, tmp_path / "m", CLASSES, 0, 2)
+    cut, description = network.start(SMALL, tmp_path / "m", CLASSES, 0, 2)
     with artifact.writing(tmp_path / "cut") as tmp:
         checkpoint.save(tmp, cut, description, {})
     with pytest.raises(ExitError, match="has no exits"):
@@ -143,7 +141,7 @@ def test_with_exits_the_trunk_starts_as_the_plain_network_does() -> None:
 
 def test_all_exits_go_on_from_a_model_that_has_them(tmp_path: Path) -> None:
     model = with_exits(width=4)
-    again, description = network.start_exits(None, saved(tmp_path / "m", model), CLASSES, 1)
+    again, description = network.start_exits(SMALL, saved(tmp_path / "m", model), CLASSES, 1)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert description.training == {"steps": 7}
 

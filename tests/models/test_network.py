@@ -27,7 +27,7 @@ def small(**more: Any) -> network.Network:
 def saved(folder: Path, classes: tuple[str, ...] = CLASSES, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     model = architectures.create("resnet8", len(classes), OPTIONS)
-    given = inputs.Input(size=8).model_dump(mode="json")
+    given = inputs.Input(size=8)
     with artifact.writing(folder) as tmp:
         checkpoint.save(tmp, model, checkpoint.Description("resnet8", classes, given, OPTIONS), {"train": [], "holdout": []})
     return folder
@@ -70,9 +70,13 @@ def test_a_start_from_a_model_of_other_classes_makes_a_new_classifier(tmp_path: 
     assert description.classes == CLASSES
 
 
-def test_a_model_beside_a_model_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="`model` must be left out"):
-        network.start(small(), saved(tmp_path / "m"), CLASSES, 0)
+def test_a_model_beside_a_model_directory_must_be_the_one_in_it(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    named, _ = network.start(small(source_classes="train", input={"size": 8, "crop": 1}), folder, CLASSES, 0)
+    assert same(named, network.start(None, folder, CLASSES, 0)[0])
+    for other in ({"arch": "resnet14"}, {"options": {"width": 8}}, {"input": {"size": 8, "canvas": 9}}):
+        with pytest.raises(CheckpointError, match=r"`model` is another network than that of .*m, .*options: \{'width': 4\}"):
+            network.start(small(**other), folder, CLASSES, 0)
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path: Path) -> None:
@@ -145,7 +149,7 @@ def test_two_sources_of_weights_are_refused(tmp_path: Path) -> None:
 def pretrained(folder: Path) -> tuple[Path, architectures.Projected]:
     torch.manual_seed(2)
     model = architectures.Projected(architectures.create("resnet8", 0, OPTIONS), layers=3, out=5)
-    given = inputs.Input(size=8).model_dump(mode="json")
+    given = inputs.Input(size=8)
     description = checkpoint.Description("resnet8", (), given, OPTIONS, {"steps": 7}, {"layers": 3, "out": 5})
     with artifact.writing(folder) as tmp:
         checkpoint.save(tmp, model, description, {})
@@ -155,7 +159,7 @@ def pretrained(folder: Path) -> tuple[Path, architectures.Projected]:
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_classifier_stands_on_the_chosen_layer_of_a_projection_head(tmp_path: Path, layer: int) -> None:
     folder, source = pretrained(tmp_path / "pretrain")
-    model, description = network.start(None, folder, CLASSES, seed=0, from_layer=layer)
+    model, description = network.start(small(), folder, CLASSES, seed=0, from_layer=layer)
     assert description.training == {"steps": 7}
     x = torch.randn(4, 3, 8, 8)
     assert not model.eval()(x).any()
@@ -165,7 +169,7 @@ def test_a_classifier_stands_on_the_chosen_layer_of_a_projection_head(tmp_path: 
     with artifact.writing(tmp_path / "teach") as tmp:
         checkpoint.save(tmp, model, description, {})
     assert same(network.load(tmp_path / "teach", CLASSES)[0], model)
-    assert same(network.start(None, tmp_path / "teach", CLASSES, seed=0)[0], model)
+    assert same(network.start(small(), tmp_path / "teach", CLASSES, seed=0)[0], model)
 
 
 @pytest.mark.parametrize("layer", [None, 3, -1])

@@ -24,7 +24,7 @@ from pipeline.sources.listing import Listing, Source, list_files
 from pipeline.sources.source import Role, SourceError
 from pipeline.sources.tars import Tars
 from pipeline.store.decode import decode
-from tests.conftest import folder_of, jpeg, jpegs, picture, tar_of
+from tests.tiny import folder_of, jpeg, jpegs, picture, tar_of
 
 
 def listed(root: Path, source: dict[str, Any], role: Role = "pool") -> Listing:

@@ -9,9 +9,8 @@ import torch
 from pipeline.models import checkpoint, inputs, network
 from pipeline.stages import ensemble
 from pipeline.store import artifact
-from tests.stages.test_teach_and_distil import data, distilled, one_thread
+from tests.tiny import distilled
 
-__all__ = ["data", "one_thread"]  # fixtures
 CLASSES = ("ant", "bee", "cat")
 ARCHS: list[tuple[str, dict[str, Any], inputs.Input]] = [
     ("resnet8", {"width": 4}, inputs.Input(size=16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))),
@@ -50,7 +49,7 @@ def test_three_models_count_the_same(members: list[Path], tmp_path: Path) -> Non
     assert torch.allclose(probabilities(three, views), expected, atol=1e-4)
     found = checkpoint.describe(three)
     assert found.training == {"steps": 30, "macs": 3 * 560, "batch": 8, "labelled": 100, "unlabelled": 100, "note": "a"}
-    assert (found.input["size"], found.input["canvas"]) == (24, 24)
+    assert (found.input.size, found.input.side, found.input.canvas) == (24, 24, 20)
 
 
 def test_an_ensemble_can_teach(members: list[Path], data: Path, tmp_path: Path) -> None:

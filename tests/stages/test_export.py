@@ -1,6 +1,5 @@
 """What is handed over gives the logits of the model, by every road, without winnow."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import pyarrow as pa
 import pytest
 import timm
 import torch
@@ -15,20 +15,19 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models import checkpoint, inputs, network
 from pipeline.models.checkpoint import Description
+from pipeline.report import evaluation
 from pipeline.stages import export
 from pipeline.store import artifact
-from tests.conftest import encoded, picture
+from tests.evaluations import evaluated
+from tests.tiny import encoded, picture
 
+pytestmark = pytest.mark.whole
 CLASSES = ("ant", "bee", "cat")
-EVALUATION = """{"model": {"exit": %s, "input": 32},
-"val": {"n": 90, "top1": 0.5, "top1_low": 0.4, "top1_high": 0.6, "top5": 1.0, "nll": 0.9, "ece": 0.1,
-"per_class": {"ant": 0.25, "bee": 0.5, "cat": 0.75}}, "training": {"stage": "distil", "entry": "ssld", "init": "scratch",
-"teacher": "teach/big", "steps": 400, "batch": 256, "labelled": 5000, "unlabelled": 20000, "note": "a remark"}}"""
 
 
 def model_of(folder: Path, arch: str, options: dict[str, Any], canvas: int = 40) -> Path:
     """A model directory with weights and statistics as if trained."""
-    given = inputs.Input(size=32, canvas=canvas, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    given = inputs.Input(size=32, crop=32 / canvas, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     section = network.Network(arch=arch, input=given, options=options)
     model, description = network.start(section, Path("scratch"), CLASSES, seed=0)
     for name, buffer in model.named_buffers():
@@ -43,16 +42,16 @@ def evaluation_of(folder: Path, model: Path, exit_: int | None = None) -> Path:
     """What `evaluate` writes about `model`, as far as `export` reads it."""
     token = artifact.provenance.set({"inputs": {"model": {"path": str(model), "identity": artifact.identity(model)}}})
     with artifact.writing(folder) as tmp:
-        (tmp / "evaluation.json").write_text(EVALUATION % json.dumps(exit_))
+        evaluation.write(tmp, evaluated(exit=exit_), evaluation.PREDICTED.empty_table(), pa.table({"class": []}), b"{}")
     artifact.provenance.reset(token)
     return folder
 
 
 def exported(tmp_path: Path, arch: str, options: dict[str, Any], canvas: int = 40, **params: Any) -> Path:
     model = model_of(tmp_path / "model", arch, options, canvas)
-    evaluation = evaluation_of(tmp_path / "evaluation", model)
+    measured = evaluation_of(tmp_path / "evaluation", model)
     section = export.Export(model="-", evaluation="-", **params)
-    metrics = export.run(section, model=model, evaluation=evaluation, out=tmp_path / "out")
+    metrics = export.run(section, model=model, evaluation=measured, out=tmp_path / "out")
     assert 0 <= metrics["onnx_gap"] < 1e-4
     assert 0 <= metrics["program_gap"] < 1e-6
     return artifact.verify(tmp_path / "out")
@@ -141,8 +140,8 @@ def test_one_exit_of_a_network_is_an_ordinary_smaller_classifier(tmp_path: Path,
     for exit_ in (1, None):
         params = export.Export(model="-", evaluation="-", exit=exit_)
         out = tmp_path / f"exit{exit_}"
-        evaluation = evaluation_of(tmp_path / "evaluation", tmp_path / "exits", exit_)
-        sizes[exit_] = export.run(params, model=tmp_path / "exits", evaluation=evaluation, out=out)["parameters"]
+        measured = evaluation_of(tmp_path / "evaluation", tmp_path / "exits", exit_)
+        sizes[exit_] = export.run(params, model=tmp_path / "exits", evaluation=measured, out=out)["parameters"]
         expected = network.load(tmp_path / "exits", CLASSES, exit_)[0].eval()(inputs.normalise(pixels, inputs.Input(size=32)))
         assert torch.allclose(logits_of(out, pixels), expected)
         assert isinstance(checkpoint.describe(out), Description)
@@ -152,12 +151,12 @@ def test_one_exit_of_a_network_is_an_ordinary_smaller_classifier(tmp_path: Path,
 def test_figures_of_another_model_or_exit_are_refused(tmp_path: Path) -> None:
     model = model_of(tmp_path / "model", "resnet8", {"width": 8})
     other = model_of(tmp_path / "other", "resnet8", {"width": 4})
-    for evaluation, message in (
+    for measured, message in (
         (evaluation_of(tmp_path / "a", other), r"a measured .*other, not .*model: the card would show"),
         (evaluation_of(tmp_path / "b", model, 1), r"b measured exit 1 at 32 pixels, and this exports exit None"),
     ):
         with pytest.raises(UserError, match=message):
-            export.run(export.Export(model="-", evaluation="-"), model=model, evaluation=evaluation, out=tmp_path / "out")
+            export.run(export.Export(model="-", evaluation="-"), model=model, evaluation=measured, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -10,14 +10,13 @@ import safetensors.torch
 import torch
 
 from pipeline.errors import UserError
-from pipeline.learning import teachers, views
+from pipeline.learning import labels, teachers, views
 from pipeline.learning.views import Batch
 from pipeline.models import device, inputs
 from pipeline.stages import label
 from pipeline.store import manifest
-from tests.stages.test_teach_and_distil import MACHINE, TRAINING, data, distilled, one_thread, taught
+from tests.tiny import MACHINE, TRAINING, distilled, taught
 
-__all__ = ["data", "one_thread"]  # fixtures
 VIEW = {"kind": "shift", "pad": 2, "brightness": 0.2}
 
 
@@ -29,7 +28,7 @@ def expert(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def labelled(data: Path, expert: Path, out: Path, **params: Any) -> dict[str, Any]:
     section = label.Label.model_validate({"teacher": "-", "images": "-", "m": 3, "view": VIEW, **params})
     paths = {"train": data / "train", "teacher": expert, "chosen": data / "pool", "out": out}
-    return dict(label.run(section, **paths, seed=0, scratch=out.parent / f"{out.name}-scratch", machine=MACHINE))
+    return dict(label.run(section, **paths, seed=0, workdir=out.parent / f"{out.name}-scratch", machine=MACHINE))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -54,12 +53,12 @@ def test_views_repeat_after_the_last(data: Path, expert: Path, tmp_path: Path) -
     seen = manifest.concat([manifest.read(data / "pool"), manifest.read(data / "train")])
     on = device.pick(MACHINE)
     cached = teachers.Cached(tmp_path / "labels", manifest.read(data / "train").classes, seen, on, "eval")
-    raw = inputs.load(seen, 16, 1, 1.0, "test").gather(np.arange(5))
-    views = cached.viewer(16, None, 0)
+    raw = inputs.load(seen, 16, MACHINE, "test").gather(np.arange(5))
+    make = cached.viewer(16, cached.view, 0, inputs.aspects(seen))
     rows = np.arange(5)
     for passes, same in ((np.full(5, 2), True), (np.full(5, 1), False)):
-        first = Batch(views(raw, rows, np.zeros(5, int)), rows, np.zeros(5, int))
-        later = Batch(views(raw, rows, passes), rows, passes)
+        first = Batch(make(raw, rows, np.zeros(5, int)), rows, np.zeros(5, int))
+        later = Batch(make(raw, rows, passes), rows, passes)
         assert torch.equal(first.views, later.views) == same
         assert torch.equal(cached.logits(first), cached.logits(later)) == same
 
@@ -92,7 +91,7 @@ def test_finished_shards_are_not_labelled_again(
         shard.rmdir()
     labelled(data, expert, tmp_path / "shards")
     assert first.stat().st_mtime_ns == marked
-    whole, shards = (pq.read_table(tmp_path / name / teachers.FILE) for name in ("whole", "shards"))
+    whole, shards = (pq.read_table(tmp_path / name / labels.FILE) for name in ("whole", "shards"))
     assert whole["classes"].equals(shards["classes"])
     assert whole["log_p"].equals(shards["log_p"])
 
@@ -123,7 +122,7 @@ def test_labels_that_do_not_fit_their_views_are_found(
     assert labelled(data, expert, tmp_path / "labels", view=strong)["largest_gap"] < 1e-2
     honest = views.viewer
     calls = iter(range(10**6))
-    monkeypatch.setattr(views, "viewer", lambda size, view, seed, mix=None: honest(size, view, seed + next(calls)))
+    monkeypatch.setattr(views, "viewer", lambda size, view, seed, *more: honest(size, view, seed + next(calls), *more))
     with pytest.raises(UserError, match="made again, differ"):
         labelled(data, expert, tmp_path / "others", view=strong)
     assert not (tmp_path / "others").exists()

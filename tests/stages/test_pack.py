@@ -12,7 +12,7 @@ from pipeline.sources.tar import Tar
 from pipeline.stages import pack, prepare
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import decode
-from tests.conftest import jpeg, jpegs, tar_of
+from tests.tiny import jpeg, jpegs, tar_of
 
 MACHINE = Machine(workers=2)
 
@@ -36,11 +36,11 @@ def packed(listed: Path, name: str = "out", **params: Any) -> tuple[manifest.Man
         "chosen": listed,
         "train": Path("prepare/train"),
         "out": Path(name),
-        "shards_out": Path(f"{name}-shards"),
-        "scratch": Path(f"{name}-scratch"),
+        "tars_out": Path(f"{name}-tars"),
+        "workdir": Path(f"{name}-workdir"),
     }
     metrics = pack.run(section, **paths, machine=MACHINE)
-    artifact.verify(paths["shards_out"])
+    artifact.verify(paths["tars_out"])
     return manifest.read(Path(name)), dict(metrics)
 
 
@@ -83,14 +83,14 @@ def test_shards_of_a_killed_run_are_kept_and_change_nothing(listed: Path, monkey
     assert not Path("killed").exists()
     packed(listed, "killed")
     assert made == [0, 4, 8, 8]
-    files = [sorted(Path(f"{name}-shards").rglob("*.tar")) for name in ("whole", "killed")]
+    files = [sorted(Path(f"{name}-tars").rglob("*.tar")) for name in ("whole", "killed")]
     assert len(files[0]) == 3
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
 
 
 def test_a_tar_that_was_damaged_is_found_when_an_image_is_read(listed: Path) -> None:
     after, _ = packed(listed)
-    tar = next(Path("out-shards").rglob("*.tar"))
+    tar = next(Path("out-tars").rglob("*.tar"))
     data = bytearray(tar.read_bytes())
     data[int(after.table["offset"][2].as_py()) + 50] ^= 1
     tar.write_bytes(data)
@@ -107,4 +107,4 @@ def test_the_labelled_images_go_along_unless_left_out(listed: Path) -> None:
     assert packed(pool, "alone", labelled=False)[1]["images"] == len(alone)
     seen, _, unlabelled = manifest.to_learn(Path("both"), listed, True)
     assert (len(seen), unlabelled) == (len(both), len(alone))
-    assert set(seen.table["path"].to_pylist()) <= {str(p) for p in Path("both-shards").glob("*/*.tar")}
+    assert set(seen.table["path"].to_pylist()) <= {str(p) for p in Path("both-tars").glob("*/*.tar")}

@@ -23,7 +23,7 @@ from pipeline.sources import checking
 from pipeline.sources.source import SourceError
 from pipeline.stages import prepare
 from pipeline.store import artifact, decode, manifest
-from tests.conftest import encoded, folder_of, jpeg, jpegs, picture, tar_of
+from tests.tiny import encoded, folder_of, jpeg, jpegs, picture, tar_of
 
 OUTS = ("train", "holdout", "val", "pool", "quarantine")
 CLASSES = {"cat": 6, "dog": 5, "eel": 4}

@@ -15,7 +15,8 @@ from pipeline.errors import UserError
 from pipeline.harness.machine import Machine
 from pipeline.stages import select
 from pipeline.stages.select import Select
-from pipeline.store import artifact, manifest
+from pipeline.store import artifact, manifest, scores
+from pipeline.store.scores import open_scores
 
 CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox")
 MEMBERSHIPS = [("argmax", 1), ("top_p", 2), ("any", 4)]
@@ -49,16 +50,10 @@ class Pool:
     def write(self, row_group: int = 97, logits: np.ndarray | None = None) -> None:
         logits = self.logits if logits is None else logits
         m = logits.shape[1]
-        table = pa.table(
-            {
-                **{f"class_{j}": self.classes[:, j].astype(np.uint16) for j in range(m)},
-                **{f"logit_{j}": logits[:, j] for j in range(m)},
-                "logsumexp": self.logsumexp,
-            }
-        )
+        table = scores.table(self.classes[:, :m], logits, self.logsumexp)
         about = {"classes": json.dumps(CLASSES), "manifest": artifact.identity(self.manifest)}
         with artifact.writing(self.scores) as tmp:
-            pq.write_table(table.replace_schema_metadata(about), tmp / select.SCORES, row_group_size=row_group)
+            pq.write_table(table.replace_schema_metadata(about), tmp / scores.FILE, row_group_size=row_group)
 
     def pairs(self, members: int) -> list[tuple[float, int, int, int]]:
         """(-log p, row, position, class), best first."""
@@ -75,7 +70,7 @@ class Pool:
                 pool=self.manifest,
                 out=out,
                 seed=seed,
-                scratch=out.parent / "scratch",
+                workdir=out.parent / "scratch",
                 machine=Machine(threads=threads, memory_gb=memory_gb),
             )
         )
@@ -253,7 +248,7 @@ def test_too_little_memory_says_what_to_raise(tmp_path: Path) -> None:
 def test_purity_counts_the_images_that_select_takes(tmp_path: Path) -> None:
     pool = Pool(tmp_path, 300)
     held = np.where(np.arange(300) % 3 == 0, purity.NONE, np.arange(300) % len(CLASSES))
-    rows = purity.purity(pool.scores / select.SCORES, held, CLASSES, [7, 60]).splitlines()[2:]
+    rows = purity.purity(open_scores(pool.scores), held, [7, 60]).splitlines()[2:]
     for k, line in zip([7, 60], rows, strict=True):
         metrics = pool.run(tmp_path / "out", k=k)
         taken = [pool.ids.index(image) for image in selected(tmp_path / "out")]

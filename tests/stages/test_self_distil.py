@@ -11,16 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.harness.journal import Journal
 from pipeline.models import architectures, checkpoint, network
 from pipeline.models.checkpoint import CheckpointError
 from pipeline.models.exits import Exited
 from pipeline.stages import self_distil
 from pipeline.store import artifact, manifest
-from tests.stages.test_teach_and_distil import MACHINE, SCRATCH, SMALL, TRAINING, data, distilled, one_thread, scored, taught
+from tests.tiny import SCRATCH, SMALL, distilled, scored, self_distilled, taught
 
-__all__ = ["data", "one_thread"]  # fixtures
-LABELS = SCRATCH.with_name("labels")
 CLASSES = ("ant", "bee", "cat")
 EXITS, B, C, T = 4, 5, 7, 3.0
 
@@ -87,28 +84,6 @@ def test_terms_do_not_grow_with_the_batch() -> None:
     twice = Exited(tuple(torch.cat([s, s]) for s in found.logits), tuple(torch.cat([f, f]) for f in found.features))
     once = self_distil.objective(found, target(y), 0.3, 0.01, T)
     assert self_distil.objective(twice, target(torch.cat([y, y])), 0.3, 0.01, T).item() == pytest.approx(once.item(), rel=1e-5)
-
-
-def self_distilled(
-    data: Path, out: Path, teacher: Path = LABELS, chosen: Path | None = None, init_path: Path = SCRATCH, **params: Any
-) -> dict[str, Any]:
-    model = SMALL if init_path == SCRATCH else None
-    section = {"init": "-", "teacher": "-", "images": "-", "model": model, "training": TRAINING, **params}
-    return dict(
-        self_distil.run(
-            self_distil.SelfDistil.model_validate(section),
-            train=data / "train",
-            holdout=data / "holdout",
-            init=init_path,
-            teacher=teacher,
-            chosen=chosen or data / "train",
-            out=out,
-            seed=0,
-            scratch=out.parent / f"{out.name}-scratch",
-            journal=Journal(),
-            machine=MACHINE,
-        )
-    )
 
 
 def test_it_learns_every_exit_and_is_a_function_of_params_and_seed(data: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """teach, score, distil and evaluate on twenty-four tiny images, called as functions."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,63 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.harness.journal import Journal
-from pipeline.harness.machine import Machine
 from pipeline.learning import losses
 from pipeline.learning import teachers as soft_labels
 from pipeline.models import architectures, checkpoint, device, inputs, network, prediction
 from pipeline.models.checkpoint import CheckpointError
-from pipeline.stages import distil, score, teach
+from pipeline.stages import distil, score
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import decode
-from tests.conftest import prepared
-
-MACHINE = Machine(device="cpu", precision="float32", threads=1, workers=2)
-SMALL = {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 16}}
-TRAINING = {"steps": 4, "batch": 8, "lr": 0.05}
-CLASSES = {"ant": 8, "bee": 8, "cat": 8}
-SCRATCH = Path(__file__).parents[2] / "data" / "scratch"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(tmp_path_factory.mktemp("data"), CLASSES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def taught(data: Path, out: Path, seed: int = 0, scratch: Path | None = None, init_path: Path = SCRATCH, **params: Any) -> Path:
-    section = teach.Teach.model_validate({"init": "-", "model": SMALL, "training": TRAINING, **params})
-    paths = {"train": data / "train", "holdout": data / "holdout", "init": init_path, "out": out}
-    teach.run(section, **paths, seed=seed, scratch=scratch or out.parent / "s", journal=Journal(), machine=MACHINE)
-    return out
-
-
-def distilled(
-    data: Path, out: Path, teacher: Path, chosen: Path | None = None, init_path: Path = SCRATCH, **params: Any
-) -> dict[str, Any]:
-    model = SMALL if init_path == SCRATCH else None
-    section = {"init": "-", "teacher": "-", "images": "-", "model": model, "training": TRAINING, **params}
-    return dict(
-        distil.run(
-            distil.Distil.model_validate(section),
-            train=data / "train",
-            holdout=data / "holdout",
-            init=init_path,
-            teacher=teacher,
-            chosen=chosen or data / "pool",
-            out=out,
-            seed=0,
-            scratch=out.parent / f"{out.name}-scratch",
-            journal=Journal(),
-            machine=MACHINE,
-        )
-    )
+from tests.tiny import MACHINE, SMALL, TRAINING, distilled, scored, taught
 
 
 def test_teach_is_a_function_of_params_and_seed(data: Path, tmp_path: Path) -> None:
@@ -171,19 +121,6 @@ def test_distilling_leaves_the_teacher_on_disk_untouched(data: Path, tmp_path: P
     assert artifact.identity(artifact.verify(teacher)) == identity
 
 
-def scored(data: Path, teacher: Path, out: Path, m: int = 2) -> Path:
-    score.run(
-        score.Score(teacher="-", m=m),
-        pool=data / "pool",
-        train=data / "train",
-        teacher=teacher,
-        out=out,
-        scratch=out.parent / "scratch",
-        machine=MACHINE,
-    )
-    return out
-
-
 def test_scores_are_the_teachers_best_classes_in_the_pools_order(data: Path, tmp_path: Path) -> None:
     teacher = taught(data, tmp_path / "teacher")
     table = pq.read_table(scored(data, teacher, tmp_path / "out") / "scores.parquet")
@@ -225,7 +162,7 @@ def test_scores_do_not_depend_on_shards_or_on_a_kill(data: Path, tmp_path: Path,
 
 def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path) -> None:
     model = architectures.create("resnet8", 2, {"width": 4})
-    given = inputs.Input(size=16).model_dump(mode="json")
+    given = inputs.Input(size=16)
     with artifact.writing(tmp_path / "teacher") as tmp:
         checkpoint.save(tmp, model, checkpoint.Description("resnet8", ("ant", "dog"), given, {"width": 4}), {})
     with pytest.raises(CheckpointError, match="knows the classes ant, dog, the images the classes ant, bee, cat"):

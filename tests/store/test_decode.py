@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline.store.decode import ImageRefused, decode, size_of
-from tests.conftest import encoded, jpeg, picture
+from tests.tiny import encoded, jpeg, picture
 
 ORIENTATION = 0x0112
 WIDE = picture(1, (60, 40))

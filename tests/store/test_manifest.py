@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.store import artifact, manifest
 from pipeline.store.manifest import Manifest, ManifestError
-from tests.conftest import folder_of, jpeg, tar_of
+from tests.tiny import folder_of, jpeg, tar_of
 
 
 def rows(names: list[str], label: int | None = None, **columns: list) -> pa.Table:

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pipeline.harness.journal import open_journal
+from pipeline.report import comparison
+from pipeline.report.comparison import Comparison
 from pipeline.store import artifact
 from pipeline.tracking import champion
 from pipeline.tracking.experiment import Experiment
-from tests.tracking.test_mirror import empty_database, execute, project, quick_databases, record, runs, send, store, write
+from tests import evaluations
+from tests.tracking.journals import FOLDER, execute, record, runs, send, write
 
-__all__ = ["empty_database", "project", "quick_databases", "store"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore")
 TAGS = {"prefect.flow_run_id": "f1", "prefect.flow_run_name": "distil@ssld"}
 
@@ -22,10 +25,10 @@ TAGS = {"prefect.flow_run_id": "f1", "prefect.flow_run_name": "distil@ssld"}
 def compared(best: str | None) -> None:
     """data/compare/results and data/evaluate, as far as the registry reads them."""
     evaluated("ssld")
-    entries = {"baseline": {"holdout": {"top1": 0.6}}, "ssld": {"holdout": {"top1": 0.7}}}
+    entries = {"baseline": evaluations.compared(0.6), "ssld": evaluations.compared(0.7)}
     token = artifact.provenance.set({"lineage": {"evaluation 1 of ssld": {}}})
     with artifact.writing(Path("data/compare/results")) as tmp:
-        (tmp / "comparison.json").write_text(json.dumps({"best": best, "entries": entries}))
+        comparison.write(tmp, Comparison(title="-", baseline="baseline", best=best, entries=entries))
     artifact.provenance.reset(token)
 
 
@@ -95,7 +98,7 @@ def test_the_champion_is_the_one_that_the_comparison_calls_best(project: Path) -
     compared(None)
     assert champion.best() is None
     compared("ssld")
-    assert champion.best() == ("ssld", Path("data/distil/ssld"), {"holdout": {"top1": 0.7}}, "h")
+    assert champion.best() == ("ssld", Path("data/distil/ssld"), evaluations.compared(0.7), "h")
     evaluated("ssld", version="2")  # which no comparison has seen
     assert champion.best() is None
     compared("ssld")
@@ -108,7 +111,7 @@ def test_the_champion_is_the_one_that_the_comparison_calls_best(project: Path) -
 def test_the_champion_is_a_version_with_weights_signature_and_metrics(store: Experiment) -> None:
     r = model("distil.ssld")
     execute_only_the_journal(r)
-    evaluation = {"val": {"top1": 0.7, "per_class": {"ant": 1.0}}, "holdout": {"top1": 0.75}}
+    evaluation = evaluations.evaluated(val=0.7, holdout=0.75)
     version = champion.register(store, Path("data/distil/ssld"), evaluation, TAGS)
     found = store.client.get_model_version_by_alias("winnow", "champion")
     assert str(found.version) == version == "1"
@@ -123,7 +126,7 @@ def test_the_champion_is_a_version_with_weights_signature_and_metrics(store: Exp
     folder = Path(mlflow.artifacts.download_artifacts("models:/winnow@champion"))
     assert load_file(folder / "model.safetensors")["w"].tolist() == [0.0, 1.0, 2.0]
     logged = store.client.get_logged_model(found.source.removeprefix("models:/"))
-    assert {m.key: m.value for m in logged.metrics} == {"champion.val_top1": 0.7, "champion.holdout_top1": 0.75}
+    assert {m.key: m.value for m in logged.metrics} == {f"champion.{k}": v for k, v in evaluation.figures().items()}
     assert champion.register(store, Path("data/distil/ssld"), evaluation, TAGS) == "1"
     model("distil.other")
     assert champion.register(store, Path("data/distil/other"), evaluation, TAGS) == "2"
@@ -134,7 +137,7 @@ def test_the_champion_is_a_version_with_weights_signature_and_metrics(store: Exp
 def test_a_worse_student_does_not_take_the_title_on_the_same_held_out_images(store: Experiment) -> None:
     def champion_after(name: str, top1: float, holdout: str) -> str:
         model(f"distil.{name}")
-        evaluation = {"val": {}, "holdout": {"top1": top1}}
+        evaluation = evaluations.evaluated(holdout=top1)
         champion.register(store, Path("data/distil", name), evaluation, {"winnow.holdout": holdout})
         return str(store.client.get_model_version_by_alias("winnow", "champion").version)
 
@@ -145,8 +148,5 @@ def test_a_worse_student_does_not_take_the_title_on_the_same_held_out_images(sto
 
 
 def execute_only_the_journal(r: dict[str, Any]) -> None:
-    from pipeline.harness.journal import open_journal
-    from tests.tracking.test_mirror import FOLDER
-
     open_journal(r, FOLDER, gathers=r["stage"] == "compare").finish("FINISHED", {}, [])
     send()

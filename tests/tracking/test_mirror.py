@@ -14,13 +14,12 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy
 from mlflow.tracking import MlflowClient
 
 from pipeline.harness import journal
@@ -29,106 +28,11 @@ from pipeline.tracking import __main__, experiment
 from pipeline.tracking.__main__ import flush
 from pipeline.tracking.experiment import Experiment
 from pipeline.tracking.mirror import STRIKES, Mirror
+from tests.tracking.journals import FOLDER, execute, open_store, record, runs, send, write
 
-FOLDER = Path(".scratch", "journal")
 # MLflow's own use of SQLAlchemy, which it will have to mend itself.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_databases() -> Iterator[None]:
-    """SQLite need not wait for the disk here, nor keep connections to files that tests replace."""
-
-    def hurry(connection: Any, _: Any) -> None:
-        connection.execute("PRAGMA synchronous=OFF")
-
-    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", hurry)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
-        yield
-    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", hurry)
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, which take it more than a second to create."""
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}")
-    return file
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in, where stages start mirrors; those end when the folder of the journals is gone."""
-    for name in ("WINNOW_TRACKING", "DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    shutil.rmtree(FOLDER, ignore_errors=True)
-
-
-@pytest.fixture
-def store(project: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
-    """A database in the project, and no mirror but the one that the test drives itself."""
-    shutil.copy(empty_database, project / "mlflow.db")
-    # With the whole path: MLflow keeps one connection per address, and would give each test that of the first.
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
-    monkeypatch.setattr(journal, "start_mirror", lambda folder: None)
-    return open_store(project)
-
-
-def open_store(project: Path) -> Experiment:
-    return Experiment(f"sqlite:///{project}/mlflow.db", "winnow")
-
-
-def record(name: str, version: str = "1", made_of: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
-    """What pipeline.harness.stage says about a run; another version has another key."""
-    stage, _, entry = name.partition(".")
-    lineage: dict[str, Any] = {}
-    for r in made_of:
-        lineage |= {**r["lineage"], r["key"]: {k: v for k, v in r.items() if k != "lineage"}}
-    inputs = {r["stage"]: {"path": f"data/{r['stage']}/{r['entry']}", "identity": r["key"], "key": r["key"]} for r in made_of}
-    key = hashlib.sha256((name + version).encode()).hexdigest()
-    params = {"loss": {"name": "js", "T": 4.0}, "steps": 10, "init": None, "view": [0.5, 1.0]}
-    return {
-        "stage": stage,
-        "entry": entry or None,
-        "params": params,
-        "inputs": inputs,
-        "code": "c0de",
-        "lineage": lineage,
-        "seed": 3,
-        "key": key,
-    }
-
-
-def execute(r: dict[str, Any], **metrics: Any) -> None:
-    """A stage, as pipeline.harness.stage runs it: it writes its artifact and its metrics file, and keeps a journal."""
-    kept = open_journal(r, FOLDER, gathers=r["stage"] == "compare")
-    kept.log(step=1, loss=2.0)
-    kept.log(step=2, loss=1.0)
-    kept.finish("FINISHED", metrics, [write(r, metrics)])
-
-
-def write(r: dict[str, Any], metrics: dict[str, Any]) -> Path:
-    """The files of a stage, as it or DVC puts them there."""
-    out = Path("data", r["stage"], r["entry"] or "out")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "record.json").write_text(json.dumps(r))
-    (out.parent / f"{r['entry'] or 'metrics'}.json").write_text(json.dumps(metrics))
-    return out
-
-
-def send() -> None:
-    mirror = Mirror(FOLDER)
-    for _ in range(2):
-        mirror.poll()
-
-
-def runs(store: Experiment) -> list[Any]:
-    found = store.client.search_runs([store.experiment_id], order_by=["attributes.start_time ASC"])
-    return list(found)
 
 
 def the_run(store: Experiment) -> Any:
@@ -390,6 +294,7 @@ def picture() -> Any:
     return sorted(seen, key=lambda run: run[:2])
 
 
+@pytest.mark.whole
 def test_a_mirror_killed_at_any_step_repeats_nothing(store: Experiment, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, lost = record("teach.old"), record("teach.new"), record("teach.lost")
     execute(old, accuracy=0.1)
@@ -555,6 +460,7 @@ def test_a_damaged_journal_holds_nothing_up(store: Experiment) -> None:
     assert [file.name[:13] for file in (FOLDER / "refused").iterdir()] == ["teach.damaged"]
 
 
+@pytest.mark.whole
 def test_six_mirrors_share_a_new_database(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/shared.db")
     monkeypatch.setattr(journal, "start_mirror", lambda folder: None)
@@ -612,6 +518,7 @@ def mirrors(project: Path) -> list[int]:
     return found
 
 
+@pytest.mark.whole
 def test_the_numbers_of_six_stages_are_seen_while_they_work(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS")  # as in a real mirror, which keeps its connection
     stages = [start_stage(f"teach.{n}") for n in range(6)]
@@ -639,6 +546,7 @@ def test_the_numbers_of_six_stages_are_seen_while_they_work(project: Path, monke
     until(lambda: not mirrors(project))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["dead", "silent"])
 def test_a_server_that_does_not_answer_costs_a_stage_nothing(
     kind: str, project: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,8 +4,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,10 +11,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.harness import progress, ranks
+from pipeline.harness.job import Job
 from pipeline.learning import views
 from pipeline.learning.loop import group
 from pipeline.learning.loop.optimisers import Training, TrainingError, build_optimizer
 from pipeline.learning.loop.state import State
+from pipeline.learning.loop.trained import Trained
 from pipeline.learning.views import Batch
 from pipeline.models import inputs
 from pipeline.models.device import Device
@@ -25,10 +25,8 @@ CHECKS = 10  # measurements on the held-out images in a run
 NAN_STEPS = 20  # a look at the loss makes a GPU wait: not at every step
 
 
-class Log(Protocol):
-    def log(self, step: int | None = None, **values: float) -> None: ...
-
-
+Check = Callable[[nn.Module], Mapping[str, float]]
+"""A model -> what it does on the held-out images, by name."""
 Loss = Callable[[nn.Module, Batch], Tensor]
 """The model as it is to be called, which may be wrapped, and a batch -> the mean over the batch."""
 
@@ -58,21 +56,18 @@ def fit(
     pixels: inputs.Pixels,
     views: views.Views,
     training: Training,
+    check: Check,
     *,
-    seed: int,
+    job: Job,
     device: Device,
-    scratch: Path,
-    journal: Log,
     label: str,
-    check: Callable[[nn.Module], Mapping[str, float]],
-    checkpoint_minutes: float = 5.0,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Train `model` in place; returns it (or its moving average) and the history of losses and held-out checks.
+) -> Trained:
+    """Train `model` in place; returns it (or its moving average) with the history of losses and held-out checks.
 
-    `views` makes of canvases what `loss` takes. `check` measures the model on the held-out images, ten times in a run. A killed
-    run goes on from its last checkpoint in `scratch` and ends with the same bits as an undisturbed one; whatever must survive
-    for that is a parameter or a buffer of `model`. In a group of processes each takes its part of every batch; all return the
-    same model. Raises TrainingError when the loss is no longer finite, keeping the last good state.
+    `views` makes of canvases what `loss` takes. `check` measures the model ten times in a run. `label` stands before the
+    progress. A killed run goes on from its last checkpoint in `job.workdir` and ends with the same bits as an undisturbed one;
+    whatever must survive for that is a parameter or a buffer of `model`. In a group of processes each takes its part of every
+    batch; all return the same model. Raises TrainingError when the loss is no longer finite, keeping the last good state.
     """
     own = group.part(training.batch)
     if (own.stop - own.start) % training.accumulate:
@@ -85,14 +80,14 @@ def fit(
     optimizer = build_optimizer(model, training)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True) if training.ema else None
     result = model if average is None else average.module
-    state = State(scratch / "checkpoint", model, optimizer, average)
+    state = State(job.workdir / "checkpoint", model, optimizer, average)
     done = state.resume()
     if not group.agreed(done.step, device.device):
         raise TrainingError(
             f"the processes would go on from different steps, this one from {done.step}: those on other machines do not see "
-            f"the checkpoint in {scratch}. Put that folder on a shared disk, copy it to each machine, or delete it everywhere."
+            f"the checkpoint in {job.workdir}. Put that folder on a shared disk, copy it to each machine, or delete it on all."
         )
-    order = Order(len(pixels), training.batch, seed)
+    order = Order(len(pixels), training.batch, job.seed)
     if device.compile:
         called = torch.compile(called)  # type: ignore[assignment]
     every = math.ceil(training.steps / CHECKS)
@@ -100,7 +95,7 @@ def fit(
     saved = time.monotonic()
     with progress.bar(training.steps, "steps", label, done=done.step) as shown:
         for step, raw in zip(steps, inputs.ahead(lambda s: pixels.gather(order.at(s)[0][own]), steps), strict=True):
-            _seed_dropout(seed, step)
+            _seed_dropout(job.seed, step)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = training.rate(step) * parameters["multiple"]
             rows, passes = (of_all[own] for of_all in order.at(step))
@@ -114,24 +109,26 @@ def fit(
                 average.update_parameters(model)
             done.losses.append(value)
             done.step = step + 1
-            save = time.monotonic() - saved > 60 * checkpoint_minutes and done.step < training.steps and ranks.rank() == 0
+            is_due = time.monotonic() - saved > 60 * job.machine.checkpoint_minutes
+            save = is_due and done.step < training.steps and ranks.is_first()
             note = done.step % every == 0 or done.step == training.steps
             if save or note or done.step % NAN_STEPS == 0:
                 done.refuse_nan(training)
             if note:
                 figures = done.note(training.rate(step), check(result))
-                journal.log(done.step, **figures)
+                job.journal.log(done.step, **figures)
                 shown.update(0, **figures)
             if save:
                 state.save(done)
                 saved = time.monotonic()
             shown.update(1)
-    return result, done.history
+    measured = {name: value for name, value in done.history["holdout"][-1].items() if name != "step"}
+    return Trained(result, done.history, measured, training.steps, training.batch)
 
 
-def final(history: Mapping[str, Any]) -> dict[str, float]:
-    """What `check` said of the result, as a stage's metrics: `holdout_top1`, ..."""
-    return {f"holdout_{name}": value for name, value in history["holdout"][-1].items() if name != "step"}
+def as_it_comes(model: nn.Module, check: Check) -> Trained:
+    """A model without any training, measured once."""
+    return Trained(model, {"train": [], "holdout": []}, check(model))
 
 
 def _backward(called: nn.Module, loss: Loss, batch: Batch, pieces: int, device: Device) -> Tensor:

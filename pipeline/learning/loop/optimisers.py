@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from pipeline.errors import UserError
@@ -12,31 +12,37 @@ from pipeline.store.params import Section
 
 
 class Training(Section):
-    """How long and how fast to learn: `steps` of `batch` images, linear warm-up over a share of the steps, then cosine to zero.
+    """How long and how fast to learn: linear warm-up over a share of the steps, then cosine to zero."""
 
-    `weight_decay` leaves biases and normalisation alone. `ema`: decay of a moving average of the weights, which then is the
-    result (0: off). `clip`: bound of the gradient's norm (0: off). `smoothing`: label smoothing where labels are read.
-    `accumulate`: pass each batch in so many pieces, which take their own batch statistics, to save memory. `rates`: multiples of
-    the learning rate by the beginning of parameter names (`{conv1: 0.1, layer1: 0.2}`), the longest that fits: for transfer.
-
-    `lars` (You et al. 2017; momentum without Nesterov's step, trust coefficient 0.001) adapts the rate of each tensor, but not of
-    biases and normalisation. `lr_scaling`: `lr` is for 256 images and grows with the batch (linear; SimCLR 0.3), or is
-    multiplied by the square root of the batch (sqrt; SimCLR 0.075).
-    """
-
-    steps: PositiveInt
+    steps: NonNegativeInt
+    """How many batches to learn from. 0 keeps a model as it comes, which only `teach` can do."""
     batch: PositiveInt = 256
+    """Images of a step, of all processes together."""
     optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
+    """`sgd` with Nesterov's step; `adamw`; `lars` (You et al. 2017; momentum without Nesterov's step, trust coefficient 0.001),
+    which adapts the rate of each tensor, but not of biases and normalisation."""
     lr: PositiveFloat = 0.1
+    """The learning rate at its peak, see `lr_scaling`."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """`linear`: `lr` is for 256 images and grows with the batch (SimCLR: 0.3). `sqrt`: it is multiplied by the square root of
+    the batch (SimCLR: 0.075)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """The momentum of `sgd` and `lars`."""
     weight_decay: NonNegativeFloat = 5e-4
+    """Decay of the weights; biases and normalisation are left alone."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """The share of the steps over which the rate rises to its peak."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of a moving average of the weights, which then is the result; 0: off."""
     clip: NonNegativeFloat = 0.0
+    """Bound of the gradient's norm; 0: off."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing, where labels are read."""
     accumulate: PositiveInt = 1
+    """Pass each batch in so many pieces, which take their own batch statistics, to save memory."""
     rates: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Multiples of the learning rate by the beginning of parameter names (`{conv1: 0.1, layer1: 0.2}`), the longest that fits:
+    for transfer."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step in 0..steps-1."""
@@ -45,6 +51,16 @@ class Training(Section):
         if step < warm:
             return peak * (step + 1) / warm
         return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+def _expect_steps(training: Training) -> Training:
+    if not training.steps:
+        raise ValueError("`steps: 0` learns nothing; only `teach` can keep a model as it comes")
+    return training
+
+
+Steps = Annotated[Training, AfterValidator(_expect_steps)]
+"""A training of at least one step."""
 
 
 class TrainingError(UserError):

@@ -1,0 +1,205 @@
+"""What can be said of params.yaml without running a stage.
+
+python -m pipeline check [--params FILE]     every mistake at once; exit status 2 if there is one
+python -m pipeline schema                    write params.schema.json, by which editors complete and check
+python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic.json_schema import models_json_schema
+
+from pipeline.errors import UserError
+from pipeline.harness.machine import Machine
+from pipeline.harness.reference import Row, rows, summary, told
+from pipeline.harness.stage import PARAMS_FILE, WRONG_INPUT, is_out
+from pipeline.store import params
+from pipeline.store.params import NEEDED, SHELVES, SINGLE, STAGES, Names, ParamsError, Section
+
+KEY = r"[A-Za-z0-9_-]+"
+SCHEMA, REFERENCE = Path("params.schema.json"), Path("docs", "params.md")
+SEED = "Every random choice of a run derives from it."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("do", choices=("check", "schema", "reference"))
+    parser.add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
+    args = parser.parse_args()
+    if args.do == "schema":
+        SCHEMA.write_text(schema())
+    elif args.do == "reference":
+        REFERENCE.write_text(reference())
+    else:
+        try:
+            check(args.params)
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(WRONG_INPUT)
+
+
+def sections() -> dict[str, type[Section]]:
+    """The type of the section of each stage, or of its entries."""
+    return {stage: get_type_hints(_run(stage))["params"] for stage in STAGES}
+
+
+def shelves() -> dict[str, type[Section]]:
+    """The type of what stands on each shelf."""
+    found = {SHELVES[name]: inner for section in sections().values() for name, inner in params.on_shelves(section).items()}
+    return {shelf: found[shelf] for shelf in SHELVES.values()}
+
+
+def _run(stage: str) -> Any:
+    return importlib.import_module(f"pipeline.stages.{stage}").run
+
+
+# check ----------------------------------------------------------------------------------------------------------------
+
+
+def check(file: Path) -> None:
+    """Raises ParamsError with all that is wrong in a params file for the data in this folder."""
+    tree = params.parsed(file)
+    wrong = [*_aliases(file), *params.strangers(tree), *params.lacking(tree), *params.wrong_seed(tree)]
+    types = sections()
+    wrong += params.resolve(tree, Machine, ("machine",), tree.get("machine"))[1]
+    for name, section in (shelves() | types).items():
+        body = tree.get(name, {})
+        if name in SINGLE:
+            wrong += params.resolve(tree, section, (name,), body)[1] if name in tree else []
+            wrong += _references(tree, section, name, body)
+        elif not isinstance(body, dict):
+            wrong.append(f"`{name}` is {body!r}: it must be a mapping of names. Write `{name}: {{}}`, or leave it out.")
+        else:
+            for key, value in body.items():
+                if not re.fullmatch(KEY, str(key)):
+                    wrong.append(f"`{name}.{key}`: a name has letters, digits, `_` and `-` only. Rename it.")
+                wrong += params.resolve(tree, section, (name, str(key)), value)[1]
+                wrong += _references(tree, section, f"{name}.{key}", value)
+    if isinstance(tree.get("prepare"), dict) and isinstance(root := tree["prepare"].get("root"), str):
+        there = not _made(tree, root.removeprefix("data/")) if root.startswith("data/") else Path(root).exists()
+        if not there and not root.startswith("~"):
+            wrong.append(f"`prepare.root` is {root!r}, which is not there. Correct it, or put the images there.")
+    if wrong:
+        raise ParamsError(f"{file}: " + "\n".join(dict.fromkeys(wrong)))
+
+
+def _aliases(file: Path) -> Iterator[str]:
+    for event in yaml.parse(file.read_text()):
+        if isinstance(event, yaml.AliasEvent) and event.start_mark:
+            yield (
+                f"line {event.start_mark.line + 1}: the alias `*{event.anchor}`. `dvc exp run -S` loses changes of what aliases "
+                f"share, without a word. Name what is shared in {', '.join(f'`{shelf}`' for shelf in SHELVES.values())}."
+            )
+
+
+def _references(tree: Mapping[str, Any], section: type[Section], key: str, value: Any) -> Iterator[str]:
+    """A complaint about each key that names what is not there and what no stage makes."""
+    for name, field in section.model_fields.items():
+        marks = [mark for mark in field.metadata if isinstance(mark, Names)]
+        named = value.get(name) if isinstance(value, dict) else None
+        if marks and isinstance(named, str) and (why := _made(tree, "/".join(filter(None, (marks[0].section, named))))):
+            yield f"`{key}.{name}` is {named!r}: {why}. Correct it."
+
+
+def _made(tree: Mapping[str, Any], path: str) -> str:
+    """Why there will be no data/<path>; an empty text if it is there, or if a stage makes it."""
+    stage, _, entry = path.partition("/")
+    known: Any = tree.get(stage)
+    if stage in SINGLE:
+        known = [name.removesuffix("_out") for name in inspect.signature(_run(stage)).parameters if is_out(name)]
+    if stage in STAGES:
+        if isinstance(known, dict | list) and entry in known:
+            return ""
+        return f"there is no `{entry}` in `{stage}`{params.similar(entry, known)}"
+    return (
+        "" if Path("data", path).exists() else f"no stage makes it, and data/{path} is not there{params.similar(stage, STAGES)}"
+    )
+
+
+# schema ---------------------------------------------------------------------------------------------------------------
+
+
+def schema() -> str:
+    """The JSON Schema (draft 2020-12) of a params file."""
+    types, things, machine = sections(), shelves(), dict[str, type[Section]](machine=Machine)
+    all_of_them = [(section, "validation") for section in {*types.values(), *things.values(), Machine}]
+    refs, whole = models_json_schema(all_of_them, ref_template="#/$defs/{model}")  # type: ignore[arg-type]
+    definitions = whole["$defs"]
+    for section in types.values():
+        for name in params.on_shelves(section):
+            body = definitions[section.__name__]
+            description = body["properties"][name]["description"]
+            body["properties"][name] = {"type": "string", "description": description}
+            body["required"] = [*body.get("required", ()), name]
+    properties: dict[str, Any] = {"seed": {"type": "integer", "minimum": 0, "description": SEED}}
+    for name, section in (machine | things | types).items():
+        of = refs[section, "validation"]
+        named = {"type": "object", "propertyNames": {"pattern": f"^{KEY}$"}, "additionalProperties": of}
+        properties[name] = of if name == "machine" or name in SINGLE else named
+    top = {"type": "object", "properties": properties, "required": list(NEEDED), "additionalProperties": False}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "params.yaml of winnow"}
+    return json.dumps({**head, **_tidy(top), "$defs": _tidy(dict(sorted(definitions.items())))}, indent=1) + "\n"
+
+
+def _tidy(node: Any) -> Any:
+    """Without pydantic's titles, which repeat the keys, and with descriptions in one line."""
+    if isinstance(node, list):
+        return [_tidy(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {k: v for k, v in node.items() if k != "discriminator" and not (k == "title" and isinstance(v, str))}
+    return {k: told(v) if k == "description" and isinstance(v, str) else _tidy(v) for k, v in kept.items()}
+
+
+# reference ------------------------------------------------------------------------------------------------------------
+
+HEAD = f"""# params.yaml
+
+`python -m pipeline reference` writes this page from the code; the same descriptions stand in params.schema.json, by which editors
+complete and check, and in `python -m pipeline.stages.select --help`.
+
+A stage `x` reads the section `x`; `<entry>` and `<name>` are names of your choice (letters, digits, `_`, `-`). A section that is
+missing is empty; these must be there: {", ".join(f"`{key}`" for key in NEEDED)}.
+
+Entries name what they share, which stands in `models`, `views` and `trainings`. So DVC knows who uses what, and
+`dvc exp run -S models.student.options.width=8` changes it for all of them. Below a YAML alias that change would be lost without
+a word, so aliases are refused.
+
+`python -m pipeline check` finds every mistake at once. `make run` and the flow check before they begin; `dvc repro` alone removes
+the old output of a stage before it says that its `teacher` is not there.
+
+`seed`, an integer of at least 0: {SEED[0].lower()}{SEED[1:]}
+"""
+
+
+def reference() -> str:
+    """docs/params.md: a table for each section, and one for each kind of section that stands in others."""
+    parts, inner, machine = [HEAD], dict[type[Any], None](), dict[str, type[Section]](machine=Machine)
+    for name, section in (machine | shelves() | sections()).items():
+        entry = "" if name == "machine" or name in SINGLE else ".<name>" if name in SHELVES.values() else ".<entry>"
+        listed = rows(section)
+        inner |= dict.fromkeys(s for row in listed for s in row.inner)
+        parts.append(_table(f"{name}{entry}", summary(section), listed))
+    parts += [_table(section.__name__, summary(section), rows(section)) for section in inner]
+    return "\n".join(parts)
+
+
+def _table(title: str, what: str, listed: list[Row]) -> str:
+    lines = [f"## {title}\n", f"{what}\n", "| key | type | default | |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{row.key}` | {row.kind} | {row.default} | {row.description} |".replace("||", "\\|\\|") for row in listed]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

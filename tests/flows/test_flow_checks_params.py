@@ -1,0 +1,18 @@
+"""The flow asks winnow's own command whether params.yaml can be run, before any stage."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from flows import winnow
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore")  # Prefect's own warnings
+
+
+def test_a_mistake_in_params_fails_the_run_with_what_the_check_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "params.yaml").write_text((ROOT / "recipes" / "demo.yaml").read_text().replace("teach/teacher", "teach/teecher"))
+    with pytest.raises(winnow.WrongParams, match=r"^params.yaml: `.*\n.*`distil\.kd\.teacher` is 'teach/teecher'"):
+        asyncio.run(winnow.check(tmp_path))
