@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from pipeline.harness import ranks
+from pipeline.learning import crops
 from pipeline.learning.views import Draws, Views
 from pipeline.models import architectures
 from pipeline.store.params import Section
@@ -115,30 +116,31 @@ class Keys(nn.Module):
         return before
 
 
-def two_views(size: int, params: TwoViews, seed: int) -> Views:
-    """The `views` of fit: (B, 3, S, S) uint8 canvases -> (B, 2, 3, size, size) of 0..255."""
+def two_views(size: int, params: TwoViews, seed: int, aspects: np.ndarray) -> Views:
+    """Make the `views` of fit: (B, 3, S, S) uint8 canvases -> (B, 2, 3, size, size) of 0..255.
+
+    `aspects`: (N,) width over height of all images, whose canvases hold them squeezed.
+    """
 
     def views(raw: Tensor, rows: np.ndarray, passes: np.ndarray) -> Tensor:
         draws = Draws(seed, passes, rows)
-        return torch.stack([view(raw, size, params, draws), view(raw, size, params, draws)], 1)
+        of = torch.from_numpy(aspects[rows]).float()
+        return torch.stack([view(raw, size, params, draws, of), view(raw, size, params, draws, of)], 1)
 
     return views
 
 
-def view(raw: Tensor, size: int, params: TwoViews, draws: Draws) -> Tensor:
-    """One view of each canvas: (B, 3, S, S) uint8 -> (B, 3, size, size) of 0..255 on the same device."""
-    n, to = len(raw), raw.device
-    area, aspect = draws.uniform(*params.scale), draws.uniform(*np.log(params.ratio)).exp()
-    sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 1).clamp(max=1)  # B, (width, height) of the crop
-    centre = torch.stack([draws.uniform(-1, 1), draws.uniform(-1, 1)], 1) * (1 - sides)
-    mirror = torch.where(draws.uniform() < 0.5, -1.0, 1.0) if params.flip else torch.ones(n)
-    theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = mirror * sides[:, 0], sides[:, 1], centre
-    grid = F.affine_grid(theta.to(to), [n, 3, size, size], align_corners=False)
-    out = F.grid_sample(raw.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+def view(raw: Tensor, size: int, params: TwoViews, draws: Draws, aspects: Tensor) -> Tensor:
+    """Make a view of each canvas: (B, 3, S, S) uint8 -> (B, 3, size, size) of 0..255 on the same device.
+
+    `aspects`: (B,) width over height of the images that the canvases were squeezed from.
+    """
+    found = crops.boxes(draws, aspects, params.scale, params.ratio)
+    flip = draws.uniform() < 0.5 if params.flip else torch.zeros(len(raw), dtype=torch.bool)
+    out = crops.resampled(raw, found, size, flip)
     out = jittered(out, params, draws)
     if params.blur:
-        out = blurred(out, torch.where(draws.uniform() < params.blur, draws.uniform(0.1, 2.0), 0.0).to(to))
+        out = blurred(out, torch.where(draws.uniform() < params.blur, draws.uniform(0.1, 2.0), 0.0).to(raw.device))
     return out
 
 

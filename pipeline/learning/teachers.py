@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.learning import labels, views
 from pipeline.learning.views import Batch
-from pipeline.models import network, prediction
+from pipeline.models import inputs, network, prediction
 from pipeline.models.device import Device
 from pipeline.store import artifact, manifest
 
@@ -39,23 +39,23 @@ def read(
 class Online:
     """A network in the loop, in memory only: no parent's `.train()` reaches it, and nothing of it is saved.
 
-    `side` and `size` are of the canvases and views it needs, `training` says how it came about, `networks` (each with its input
-    size) run beside the student.
+    `size` is that of the views it needs, `training` says how it came about, `networks` (each with its input
+    size) run beside the student. `view` is the one to train on where params name none.
     """
 
     def __init__(self, folder: Path, classes: tuple[str, ...], on: Device, statistics: str = "eval") -> None:
         model, description, self.input_spec = network.load(folder, classes)
-        self.side, self.size, self.training = self.input_spec.side, self.input_spec.size, description.training
+        self.size, self.training = self.input_spec.size, description.training
         self.model, self.on = on.place(_frozen(model, statistics)), on
-        self.networks = [(self.model, self.size)]
+        self.networks, self.view = [(self.model, self.size)], views.View()
 
-    def canvas(self, side: int) -> int:
-        """The side of the canvases that the views are made from, for a student that would take `side`."""
-        return max(side, self.side)
+    def canvas(self, student: inputs.Input, whole: bool) -> int:
+        """The side of the canvases that the views are cut from; `whole`: see `inputs.load`."""
+        return max(student.canvas_of(whole), self.input_spec.canvas_of(whole))
 
-    def viewer(self, size: int, view: views.View | None, seed: int, mix: views.Mix | None = None) -> views.Views:
-        """The views of `size` pixels of a training; `view`: as the params ask for, None where they do not."""
-        return views.viewer(size, view or views.View(), seed, mix)
+    def viewer(self, size: int, view: views.View, seed: int, aspects: np.ndarray, mix: views.Mix | None = None) -> views.Views:
+        """The views of `size` pixels of a training; `aspects`: (N,) width over height of the images."""
+        return views.viewer(size, view, seed, aspects, mix)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -87,19 +87,19 @@ class Cached:
         self.networks: list[tuple[nn.Module, int]] = []
         self.classes, self.log_p = kept.classes, kept.log_p  # N, V, m
 
-    def canvas(self, side: int) -> int:
+    def canvas(self, student: inputs.Input, whole: bool) -> int:
         """Always that of the labels: from another one the same draws make other views."""
         return self.side
 
-    def viewer(self, size: int, view: views.View | None, seed: int, mix: views.Mix | None = None) -> views.Views:
+    def viewer(self, size: int, view: views.View, seed: int, aspects: np.ndarray, mix: views.Mix | None = None) -> views.Views:
         """The labelled views, in turns (see `Online.viewer`). Raises LabelsError for any others."""
-        if view is not None and view != self.view:
-            raise LabelsError(f"`view` is not the one that {self.folder} was made for: leave it out, or repeat that one.")
+        if view != self.view:
+            raise LabelsError(f"`view` is not the one that {self.folder} was made for: name that one.")
         if mix:
             raise LabelsError(f"`mix` makes views that nobody has labelled: {self.folder} holds labels of single images.")
         if size != self.size:
             raise LabelsError(f"the student takes {size} pixels, the labels of {self.folder} are of views of {self.size}.")
-        inner = views.viewer(size, self.view, self.seed)
+        inner = views.viewer(size, self.view, self.seed, aspects)
         return lambda raw, rows, passes: inner(raw, rows, passes % self.views)
 
     def logits(self, batch: Batch) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
+from pipeline.learning import crops
 from pipeline.store.params import Section
 
 Views = Callable[[torch.Tensor, np.ndarray, np.ndarray], torch.Tensor]
@@ -22,12 +22,14 @@ class View(Section):
     """How a training view is cut from a canvas, batched on the device."""
 
     kind: Literal["shift", "crop", "none"] = "shift"
-    """`shift`: moved by up to `pad` pixels (CIFAR's crop). `crop`: a square at a random place, resized (random resized crop
-    without aspect change). `none`: the centre."""
+    """`shift`: moved by up to `pad` pixels (CIFAR's crop). `crop`: random resized crop of the whole image,
+    antialiased, for photographs. `none`: the centre. All but `crop` see the central square of an image alone."""
     pad: NonNegativeInt = 4
     """The largest move of `shift` in each direction, in pixels, reflected at the border."""
     scale: tuple[float, float] = (0.35, 1.0)
-    """The smallest and the largest share of the canvas's area that `crop` takes."""
+    """The smallest and the largest share of the image's area that `crop` takes."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """The narrowest and the widest crop, width over height."""
     flip: bool = True
     """Mirror half of the views."""
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -40,6 +42,11 @@ class View(Section):
     """How many operations of RandAugment, one after the other, each drawn for each image (Cubuk et al. 2020); 0: none."""
     magnitude: Annotated[float, Field(ge=0, le=1)] = 0.3
     """How strong RandAugment's operations are: 0..1."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether views are cut from whole images, squeezed into their canvases, or from their central squares."""
+        return self.kind == "crop"
 
 
 class Mix(Section):
@@ -104,32 +111,32 @@ def _mixed(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def viewer(size: int, view: View, seed: int, mix: Mix | None = None) -> Views:
-    """The views of an ordinary training: one of `size` pixels of each canvas, another one in each pass."""
+def viewer(size: int, view: View, seed: int, aspects: np.ndarray | None = None, mix: Mix | None = None) -> Views:
+    """Make the views of an ordinary training: one of `size` pixels of each canvas, another one in each pass.
+
+    `aspects`: (N,) width over height of all images, where canvases hold whole images (`View.whole`); None: they are square.
+    """
 
     def views(raw: torch.Tensor, rows: np.ndarray, passes: np.ndarray) -> torch.Tensor:
         draws = Draws(seed, passes, rows)
-        made = augment(raw, size, view, draws)
+        made = augment(raw, size, view, draws, None if aspects is None else torch.from_numpy(aspects[rows]).float())
         return mixed(made, mix, draws) if mix else made
 
     return views
 
 
-def augment(batch: torch.Tensor, size: int, view: View, draws: Draws) -> torch.Tensor:
-    """One training view of each canvas: (B, 3, S, S) uint8 to (B, 3, size, size) of 0..255.
+def augment(batch: torch.Tensor, size: int, view: View, draws: Draws, aspects: torch.Tensor | None = None) -> torch.Tensor:
+    """Make a training view of each canvas: (B, 3, S, S) uint8 to (B, 3, size, size) of 0..255.
+
+    `aspects`: (B,) width over height of the images that the canvases were squeezed from; None: square.
 
     The view is made before any model sees it, so teacher and student get the same pixels.
     """
     n, device = len(batch), batch.device
     flip = draws.uniform() < 0.5 if view.flip else torch.zeros(n, dtype=torch.bool)
     if view.kind == "crop":
-        side = draws.uniform(*view.scale).sqrt()
-        x, y = draws.uniform(-1, 1) * (1 - side), draws.uniform(-1, 1) * (1 - side)
-        theta = torch.zeros(n, 2, 3)
-        theta[:, 0, 0], theta[:, 1, 1] = torch.where(flip, -side, side), side
-        theta[:, 0, 2], theta[:, 1, 2] = x, y
-        grid = F.affine_grid(theta.to(device), [n, 3, size, size], align_corners=False)
-        out = F.grid_sample(batch.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        found = crops.boxes(draws, torch.ones(n) if aspects is None else aspects, view.scale, view.ratio)
+        out = crops.resampled(batch, found, size, flip)
     else:
         out = _shifted(batch, size, view.pad if view.kind == "shift" else 0, flip.to(device), draws)
     if view.randaugment:

@@ -4,13 +4,13 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.harness import progress
 from pipeline.harness.machine import Machine
@@ -31,6 +31,21 @@ def canvas(image: np.ndarray, side: int) -> np.ndarray:
         top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
         image = image[top : top + side, left : left + side]
     return image
+
+
+def squeezed(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize all of (H, W, 3) uint8 to (side, side, 3), whatever its proportions: from it crops are cut."""
+    height, width = image.shape[:2]
+    if max(height, width) > side:  # shrink first: one call that shrinks one side and enlarges the other does not average
+        to = (min(width, side), min(height, side))
+        image = cv2.resize(image, to, interpolation=cv2.INTER_AREA)
+    return image if image.shape[:2] == (side, side) else cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC)
+
+
+def aspects(images: manifest.Manifest) -> np.ndarray:
+    """(N,) float64, width over height."""
+    width, height = (images.table[name].to_numpy() for name in ("width", "height"))
+    return np.asarray(width / height)
 
 
 class Pixels(Protocol):
@@ -59,8 +74,8 @@ class InMemory:
 class OnDisk:
     """Images decoded when asked for, by threads (the decoders release the GIL)."""
 
-    def __init__(self, images: manifest.Manifest, side: int, workers: int) -> None:
-        self.manifest, self.side = images, side
+    def __init__(self, images: manifest.Manifest, side: int, workers: int, whole: bool = False) -> None:
+        self.manifest, self.side, self.whole = images, side, whole
         self.threads = ThreadPoolExecutor(workers)
         self.workers = workers
 
@@ -69,32 +84,34 @@ class OnDisk:
 
     def gather(self, rows: np.ndarray) -> torch.Tensor:
         parts = np.array_split(rows, min(self.workers, len(rows)))
-        done = self.threads.map(lambda part: _decode_rows(self.manifest, part, self.side), parts)
+        done = self.threads.map(lambda part: _decode_rows(self.manifest, part, self.side, self.whole), parts)
         return torch.from_numpy(np.concatenate(list(done))).permute(0, 3, 1, 2)
 
 
-def load(images: manifest.Manifest, side: int, machine: Machine, label: str) -> Pixels:
-    """The images as square canvases of `side` pixels: in memory if `machine` lets them, else decoded on demand.
+def load(images: manifest.Manifest, side: int, machine: Machine, label: str, whole: bool = False) -> Pixels:
+    """Decode images to square canvases of `side` pixels: in memory if `machine` lets them, else on demand.
 
-    `label` stands before the progress. Raises ManifestError or ImageRefused, naming the image, if one cannot be read any more.
+    `whole`: canvases hold the whole image, squeezed, to cut crops from; otherwise its central square. `label` stands before the
+    progress. Raises ManifestError or ImageRefused, naming the image, if one cannot be read any more.
     """
     workers = machine.cores(machine.workers)
     if len(images) * side * side * 3 > machine.memory_gb * 1e9:
-        return OnDisk(images, side, workers)
+        return OnDisk(images, side, workers, whole)
     decoded = np.empty((len(images), side, side, 3), np.uint8)
     chunks = np.array_split(np.arange(len(images)), max(1, len(images) // 256))
     with ThreadPoolExecutor(workers) as threads, progress.bar(len(images), "images", f"{label}: decoding") as shown:
-        for chunk, part in zip(chunks, threads.map(lambda c: _decode_rows(images, c, side), chunks), strict=True):
+        for chunk, part in zip(chunks, threads.map(lambda c: _decode_rows(images, c, side, whole), chunks), strict=True):
             decoded[chunk] = part
             shown.update(len(chunk))
     return InMemory(decoded)
 
 
-def _decode_rows(images: manifest.Manifest, rows: np.ndarray, side: int) -> np.ndarray:
+def _decode_rows(images: manifest.Manifest, rows: np.ndarray, side: int, whole: bool) -> np.ndarray:
+    canvas_of = squeezed if whole else canvas
     batch = np.empty((len(rows), side, side, 3), np.uint8)
     for i, data in enumerate(manifest.image_bytes(images, rows)):
         try:
-            batch[i] = canvas(decode(data), side)
+            batch[i] = canvas_of(decode(data), side)
         except ImageRefused as refusal:
             name = images.table["id"][int(rows[i])].as_py()
             raise ImageRefused(f"{name}: {refusal}. `prepare` let it pass: set `prepare.check: decode`.") from None
@@ -114,12 +131,16 @@ def ahead(make: Callable[[int], torch.Tensor], steps: Sequence[int] | range, dep
 
 
 class Input(Section):
-    """What a network takes: a square, cut from a square canvas, normalised per channel."""
+    """What a network takes: a square of an image, normalised per channel."""
 
     size: PositiveInt
     """Side of the square, in pixels."""
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How much of an image's short side the central square covers, where no view is drawn at random. The short side is resized to
+    `size` / `crop` pixels; timm calls it crop_pct."""
     canvas: NonNegativeInt = 0
-    """Side of the canvases that views are cut from, in pixels; 0: `size`."""
+    """Side, in pixels, to which whole images are squeezed before random crops are cut from them; at least `size` / `crop`. More
+    keeps more detail of small crops, and takes more memory."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Subtracted from RGB scaled to 0..1. The default is ImageNet's."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -127,7 +148,12 @@ class Input(Section):
 
     @property
     def side(self) -> int:
-        return self.canvas or self.size
+        """Pixels of the short side that the central square is cut from."""
+        return round(self.size / self.crop)
+
+    def canvas_of(self, whole: bool) -> int:
+        """Side of the canvases that training views are cut from: of whole images, or of their central squares."""
+        return max(self.canvas, self.side) if whole else self.side
 
 
 def normalise(batch: torch.Tensor, to: Input) -> torch.Tensor:

@@ -191,12 +191,7 @@ def _expect_network(wanted: Network, found: Description, init: Path) -> None:
     given = inputs.Input.model_validate(found.input)
     added = set(found.options) if found.arch == architectures.ENSEMBLE else {exits.OPTION, "head_layers"}
     own = {name: value for name, value in found.options.items() if name not in added}
-    same = (given.size, given.side, given.mean, given.std)
-    if (
-        wanted.arch != found.arch
-        or wanted.options not in (own, found.options)
-        or (wanted.input.size, wanted.input.side, wanted.input.mean, wanted.input.std) != same
-    ):
+    if wanted.arch != found.arch or wanted.options not in (own, found.options) or wanted.input != given:
         theirs = f"{{arch: {found.arch}, options: {own}, input: {given.model_dump(mode='json')}}}"
         raise CheckpointError(
             f"`model` is another network than that of {init}, from which training starts: it is "

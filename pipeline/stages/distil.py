@@ -101,8 +101,9 @@ def run(
             value = params.alpha * value + (1 - params.alpha) * cross_entropy(s, hard[batch.rows].to(on.device))
         return value
 
-    pixels = inputs.load(seen, taught_by.canvas(input_spec.side), job.machine, "images")
-    viewer = taught_by.viewer(max(input_spec.size, taught_by.size), params.view, job.seed, params.mix)
+    view = params.view or taught_by.view
+    pixels = inputs.load(seen, taught_by.canvas(input_spec, view.whole), job.machine, "images", view.whole)
+    viewer = taught_by.viewer(max(input_spec.size, taught_by.size), view, job.seed, inputs.aspects(seen), params.mix)
     check = prediction.checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
     trained = fit.fit(student, divergence, pixels, viewer, params.training, check, job=job, device=on, label="distilling")
     counts = Counts(len(seen), known, unlabelled)

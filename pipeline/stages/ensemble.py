@@ -39,13 +39,13 @@ def run(params: Ensemble, *, first: Path, second: Path, out: Path) -> stage.Metr
             shape = input_spec.model_dump(mode="json", include={"size", "mean", "std"})
             members.append({"arch": described.arch, "options": described.options, **shape})
             trained.append(model)
-    size, side = (max(getattr(input_spec, name) for _, _, input_spec in loaded) for name in ("size", "side"))
+    size, side, canvas = (max(getattr(input_spec, name) for _, _, input_spec in loaded) for name in ("size", "side", "canvas"))
     options = {"members": members, "size": size}
     whole = architectures.create(architectures.ENSEMBLE, len(classes), options)
     assert isinstance(whole, architectures.EnsembleNetwork)
     for member, model in zip(whole.members, trained, strict=True):
         member.load_state_dict(model.state_dict())
-    seen = inputs.Input(size=size, canvas=side, mean=(0, 0, 0), std=(1, 1, 1))
+    seen = inputs.Input(size=size, crop=size / side, canvas=canvas, mean=(0, 0, 0), std=(1, 1, 1))
     description = Description(architectures.ENSEMBLE, classes, seen, options, _together(loaded[0][1], loaded[1][1]))
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, whole, description, {"train": [], "holdout": []})

@@ -39,7 +39,7 @@ class Evaluate(Section):
     enough, at the threshold that costs least among those with which the held-out images lose nothing against the deepest exit.
     null: the deepest, with a table of all of these beside it."""
     size: PositiveInt | None = None
-    """Measure at another input size, in pixels, with a canvas enlarged in proportion (Touvron et al. 2019, "FixRes": networks
+    """Measure at another input size, in pixels, with the same crop (Touvron et al. 2019, "FixRes": networks
     trained on crops see larger objects than they meet when tested)."""
     corruptions: bool = False
     """Measure on worse images too."""
@@ -71,8 +71,7 @@ def run(
     if isinstance(params.exit, str) and whole is None:
         raise ExitError(f"`exit` is {params.exit}, but {model} has no exits: they come with `self_distil`.")
     if params.size is not None:
-        canvas = max(params.size, round(input_spec.side * params.size / input_spec.size))
-        input_spec = input_spec.model_copy(update={"size": params.size, "canvas": canvas})
+        input_spec = input_spec.model_copy(update={"size": params.size})
     tables = {name: manifest.read(folder) for name, folder in (("holdout", holdout), ("val", val))}
     pixels = {name: inputs.load(t, input_spec.side, machine, name) for name, t in tables.items()}
     labels = {name: torch.from_numpy(t.labels()) for name, t in tables.items()}

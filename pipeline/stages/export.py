@@ -118,7 +118,7 @@ def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Descrip
             "input_size": (3, input_spec.size, input_spec.size),
             "mean": input_spec.mean,
             "std": input_spec.std,
-            "crop_pct": input_spec.size / input_spec.side,
+            "crop_pct": input_spec.crop,
             "interpolation": "bicubic",
         },
     )

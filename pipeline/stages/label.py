@@ -69,7 +69,7 @@ def run(
         views=params.views,
         view=params.view,
         seed=seed,
-        side=expert.side,
+        side=expert.input_spec.canvas_of(params.view.whole),
         size=expert.size,
         training=expert.training,
     )
@@ -99,7 +99,7 @@ class Labelling:
     seed: int
     machine: Machine
 
-    def opened(self) -> tuple[Online, inputs.Pixels, manifest.ToLearn]:
+    def opened(self) -> tuple[Online, inputs.OnDisk, manifest.ToLearn]:
         return _opened(self)
 
     def __call__(self, shard: shards.Rows) -> int:
@@ -114,15 +114,16 @@ class Labelling:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(labelling: Labelling) -> tuple[Online, inputs.Pixels, manifest.ToLearn]:
+def _opened(labelling: Labelling) -> tuple[Online, inputs.OnDisk, manifest.ToLearn]:
     learned = manifest.to_learn(labelling.chosen, labelling.train, labelling.params.labelled)
     expert = Online(labelling.teacher, learned.labelled.classes, device.pick(labelling.machine))
-    return expert, inputs.OnDisk(learned.seen, expert.side, labelling.machine.cores(labelling.machine.workers)), learned
+    workers, whole = labelling.machine.cores(labelling.machine.workers), labelling.params.view.whole
+    return expert, inputs.OnDisk(learned.seen, expert.input_spec.canvas_of(whole), workers, whole), learned
 
 
-def _logits(expert: Online, pixels: inputs.Pixels, rows: np.ndarray, params: Label, seed: int) -> list[Tensor]:
+def _logits(expert: Online, pixels: inputs.OnDisk, rows: np.ndarray, params: Label, seed: int) -> list[Tensor]:
     """The (N, C) logits of each view of `rows`, in batches of one size."""
-    views = expert.viewer(expert.size, params.view, seed)
+    views = expert.viewer(expert.size, params.view, seed, inputs.aspects(pixels.manifest))
     by_view: list[list[Tensor]] = [[] for _ in range(params.views)]
     parts = [rows[start : start + prediction.BATCH] for start in range(0, len(rows), prediction.BATCH)]
     full = [np.concatenate([part, np.full(prediction.BATCH - len(part), part[0])]) for part in parts]
@@ -135,12 +136,13 @@ def _logits(expert: Online, pixels: inputs.Pixels, rows: np.ndarray, params: Lab
     return [torch.cat(batches) for batches in by_view]
 
 
-def _gap(expert: Online, cached: Cached, pixels: inputs.Pixels, params: Label, seed: int) -> float:
+def _gap(expert: Online, cached: Cached, pixels: inputs.OnDisk, params: Label, seed: int) -> float:
     """The largest difference of a kept probability between the file and the teacher, on views made anew in another order."""
     count = min(CHECKED, len(pixels))
     random = np.random.default_rng(seed)
     rows, passes = random.permutation(len(pixels))[:count], random.integers(0, params.views, count)
-    views = cached.viewer(expert.size, params.view, seed)(expert.on.batch(pixels.gather(rows)), rows, passes)
+    aspects = inputs.aspects(pixels.manifest)
+    views = cached.viewer(expert.size, params.view, seed, aspects)(expert.on.batch(pixels.gather(rows)), rows, passes)
     batch = Batch(views, rows, passes)
     kept = torch.from_numpy(cached.classes[rows, passes].astype(np.int64)).to(expert.on.device)
     said, again = (t.logits(batch).softmax(1).gather(1, kept) for t in (cached, expert))

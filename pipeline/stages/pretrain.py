@@ -73,10 +73,8 @@ def run(params: Pretrain, *, train: Path, holdout: Path, chosen: Path, out: Path
         input_spec,
         on,
     )
-    pixels, viewer = (
-        inputs.load(seen, input_spec.side, job.machine, "images"),
-        two_views(input_spec.size, params.two_views, job.seed),
-    )
+    pixels = inputs.load(seen, input_spec.canvas_of(True), job.machine, "images", whole=True)
+    viewer = two_views(input_spec.size, params.two_views, job.seed, inputs.aspects(seen))
     trained = fit.fit(model, contrast, pixels, viewer, params.training, check, job=job, device=on, label="pre-training")
     assert isinstance(trained.model, Contrastive)
     projected, memory = trained.model.projected, trained.model.memory

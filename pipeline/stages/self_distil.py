@@ -82,19 +82,21 @@ def run(
     on = device.pick(job.machine)
     student, description = network.start_exits(params.model, init, labelled.classes, job.seed)
     input_spec = description.input
-    side, size, frozen = input_spec.side, input_spec.size, list[tuple[nn.Module, int]]()
+    aspects, size, frozen = inputs.aspects(seen), input_spec.size, list[tuple[nn.Module, int]]()
     if from_labels:
         labels, smoothing = torch.from_numpy(seen.labels()), params.training.smoothing
         origin: dict[str, Any] = {"labelled": len(labelled) + len(held_out)}
-        viewer = views.viewer(size, params.view or views.View(), job.seed)
+        view = params.view or views.View()
+        side, viewer = input_spec.canvas_of(view.whole), views.viewer(size, view, job.seed, aspects)
 
         def target(batch: views.Batch) -> Target:
             y = labels[batch.rows].to(on.device)  # B
             return lambda s: F.cross_entropy(s.float(), y, label_smoothing=smoothing)
     else:
         taught_by = read(teacher, labelled.classes, seen, on)
-        side, frozen, origin = taught_by.canvas(side), taught_by.networks, taught_by.training
-        viewer = taught_by.viewer(max(size, taught_by.size), params.view, job.seed)
+        view = params.view or taught_by.view
+        side, frozen, origin = taught_by.canvas(input_spec, view.whole), taught_by.networks, taught_by.training
+        viewer = taught_by.viewer(max(size, taught_by.size), view, job.seed, aspects)
 
         def target(batch: views.Batch) -> Target:
             t = taught_by.logits(batch)  # B, C
@@ -104,7 +106,7 @@ def run(
         exited = model(inputs.normalise(batch.views, input_spec))
         return objective(exited, target(batch), params.alpha, params.lambda_, params.temperature)
 
-    pixels = inputs.load(seen, side, job.machine, "images")
+    pixels = inputs.load(seen, side, job.machine, "images", view.whole)
     check = checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
     trained = fit.fit(student, loss, pixels, viewer, params.training, check, job=job, device=on, label="self-distilling")
     counts = Counts(len(seen), origin.get("labelled", 0), 0 if from_labels else unlabelled)

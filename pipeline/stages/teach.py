@@ -68,8 +68,9 @@ def run(params: Teach, *, train: Path, holdout: Path, init: Path, out: Path, job
             y = labels[batch.rows].to(on.device)  # N
             return F.cross_entropy(model(inputs.normalise(batch.views, input_spec)).float(), y, label_smoothing=smoothing)
 
-        pixels = inputs.load(labelled, input_spec.side, job.machine, "train")
-        viewer = views.viewer(input_spec.size, params.view, job.seed)
+        whole = params.view.whole
+        pixels = inputs.load(labelled, input_spec.canvas_of(whole), job.machine, "train", whole)
+        viewer = views.viewer(input_spec.size, params.view, job.seed, inputs.aspects(labelled))
         trained = fit.fit(model, cross_entropy, pixels, viewer, params.training, check, job=job, device=on, label="training")
     with artifact.writing(out) as tmp:
         if params.labels is not None:

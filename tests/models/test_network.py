@@ -72,7 +72,7 @@ def test_a_start_from_a_model_of_other_classes_makes_a_new_classifier(tmp_path: 
 
 def test_a_model_beside_a_model_directory_must_be_the_one_in_it(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
-    named, _ = network.start(small(source_classes="train", input={"size": 8, "canvas": 8}), folder, CLASSES, 0)
+    named, _ = network.start(small(source_classes="train", input={"size": 8, "crop": 1}), folder, CLASSES, 0)
     assert same(named, network.start(None, folder, CLASSES, 0)[0])
     for other in ({"arch": "resnet14"}, {"options": {"width": 8}}, {"input": {"size": 8, "canvas": 9}}):
         with pytest.raises(CheckpointError, match=r"`model` is another network than that of .*m, .*options: \{'width': 4\}"):

@@ -49,7 +49,7 @@ def test_three_models_count_the_same(members: list[Path], tmp_path: Path) -> Non
     assert torch.allclose(probabilities(three, views), expected, atol=1e-4)
     found = checkpoint.describe(three)
     assert found.training == {"steps": 30, "macs": 3 * 560, "batch": 8, "labelled": 100, "unlabelled": 100, "note": "a"}
-    assert (found.input.size, found.input.canvas) == (24, 24)
+    assert (found.input.size, found.input.side, found.input.canvas) == (24, 24, 20)
 
 
 def test_an_ensemble_can_teach(members: list[Path], data: Path, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_the_cheapest_threshold_loses_nothing_on_the_images_it_is_chosen_on() ->
 
 def test_a_larger_input_costs_more_and_the_canvas_grows_with_it(data: Path, tmp_path: Path) -> None:
     model = taught(
-        data, tmp_path / "model", model={"arch": "resnet8", "options": {"width": 4}, "input": {"size": 12, "canvas": 16}}
+        data, tmp_path / "model", model={"arch": "resnet8", "options": {"width": 4}, "input": {"size": 12, "crop": 0.75}}
     )
     _, plain = evaluated(data, model, tmp_path / "a")
     _, larger = evaluated(data, model, tmp_path / "b", size=24)

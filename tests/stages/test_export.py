@@ -27,7 +27,7 @@ CLASSES = ("ant", "bee", "cat")
 
 def model_of(folder: Path, arch: str, options: dict[str, Any], canvas: int = 40) -> Path:
     """A model directory with weights and statistics as if trained."""
-    given = inputs.Input(size=32, canvas=canvas, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    given = inputs.Input(size=32, crop=32 / canvas, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     section = network.Network(arch=arch, input=given, options=options)
     model, description = network.start(section, Path("scratch"), CLASSES, seed=0)
     for name, buffer in model.named_buffers():

@@ -54,11 +54,11 @@ def test_views_repeat_after_the_last(data: Path, expert: Path, tmp_path: Path) -
     on = device.pick(MACHINE)
     cached = teachers.Cached(tmp_path / "labels", manifest.read(data / "train").classes, seen, on, "eval")
     raw = inputs.load(seen, 16, MACHINE, "test").gather(np.arange(5))
-    views = cached.viewer(16, None, 0)
+    make = cached.viewer(16, cached.view, 0, inputs.aspects(seen))
     rows = np.arange(5)
     for passes, same in ((np.full(5, 2), True), (np.full(5, 1), False)):
-        first = Batch(views(raw, rows, np.zeros(5, int)), rows, np.zeros(5, int))
-        later = Batch(views(raw, rows, passes), rows, passes)
+        first = Batch(make(raw, rows, np.zeros(5, int)), rows, np.zeros(5, int))
+        later = Batch(make(raw, rows, passes), rows, passes)
         assert torch.equal(first.views, later.views) == same
         assert torch.equal(cached.logits(first), cached.logits(later)) == same
 
@@ -122,7 +122,7 @@ def test_labels_that_do_not_fit_their_views_are_found(
     assert labelled(data, expert, tmp_path / "labels", view=strong)["largest_gap"] < 1e-2
     honest = views.viewer
     calls = iter(range(10**6))
-    monkeypatch.setattr(views, "viewer", lambda size, view, seed, mix=None: honest(size, view, seed + next(calls)))
+    monkeypatch.setattr(views, "viewer", lambda size, view, seed, *more: honest(size, view, seed + next(calls), *more))
     with pytest.raises(UserError, match="made again, differ"):
         labelled(data, expert, tmp_path / "others", view=strong)
     assert not (tmp_path / "others").exists()
