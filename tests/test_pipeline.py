@@ -30,6 +30,7 @@ PARAMS: dict[str, Any] = {
         "pool": [{"kind": "tar", "path": "pool-*.tar"}],
         "holdout": 0.2,
     },
+    "search": {},
     "dedup": {},
     "pretrain": {"base": {"images": "dedup/pool", "model": SMALL, "head_out": 16, "training": TRAINING}},
     "teach": {
@@ -106,6 +107,7 @@ SIMCLR = {"pretrain@base", "teach@few", "distil@spread"}
 ALL = {
     "draw@scenes",
     "prepare",
+    "search",
     "dedup",
     "teach@teacher",
     "score@teacher",
@@ -153,6 +155,7 @@ def test_the_same_params_give_the_same_bits_in_another_place(house: House, tmp_p
     other = House(tmp_path)
     shutil.copytree(house.folder / "data/draw", other.folder / "data/draw", dirs_exist_ok=True)
     shutil.copytree(house.folder / "data/prepare", other.folder / "data/prepare", dirs_exist_ok=True)
+    shutil.copytree(house.folder / "data/search", other.folder / "data/search", dirs_exist_ok=True)
     shutil.copytree(house.folder / "data/dedup", other.folder / "data/dedup", dirs_exist_ok=True)
     for stage in ("teach@teacher", "score@teacher", "select@top", "distil@ssld"):
         other.run("dvc", "repro", "--single-item", stage)

@@ -1,14 +1,20 @@
-"""The format of findings: one row for each image found in another."""
+"""The format of findings: one row for each image found in another, as the search measures it and `dedup` decides on it."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from pipeline.store import artifact
+
+FILE = "findings.parquet"
 FINDINGS = pa.schema(
     [
         ("row", pa.int64()),  # of the image in its manifest
         ("match", pa.int64()),  # of the image it was found in; null if unverifiable
-        ("outcome", pa.string()),  # removed, review, unverifiable or alike
+        ("outcome", pa.string()),  # copy, review, unverifiable or alike
         ("rule", pa.string()),
         ("inliers", pa.int32()),
         ("mirrored", pa.bool_()),
@@ -20,11 +26,45 @@ FINDINGS = pa.schema(
         ("score", pa.float32()),
     ]
 )
+FOUND = pa.schema(
+    [
+        ("relation", pa.string()),  # <set of the image>-<set of its match>; of an unverifiable image its set alone
+        ("id", pa.string()),
+        ("match_id", pa.string()),
+        *FINDINGS,
+    ]
+)
 
 Row = dict[str, Any]
 
 TOO_FEW, UNDECODABLE = "too few features", "cannot be decoded"
+SAME_BYTES = "same bytes"
+ALIKE = {"near": 0.9, "nearer": 0.8}
+"""The correlation of thumbnails from which on an image is a look-alike, by strictness."""
+LEAST_ALIKE = min(ALIKE.values())
 
 
 def unverifiable_row(row: int, reason: str) -> Row:
     return {"row": row, "outcome": "unverifiable", "rule": reason}
+
+
+def lookalike_row(row: int, match: int, score: float, mirrored: bool) -> Row:
+    measured = {"mirrored": mirrored, "zncc": score, "score": score}
+    return {"row": row, "match": match, "outcome": "alike", "rule": "thumbnails"} | measured
+
+
+def same_bytes_row(row: int, match: int) -> Row:
+    measured = dict.fromkeys(("zncc", "local", "cover_image", "cover_match", "score"), 1.0)
+    return {"row": row, "match": match, "outcome": "copy", "rule": SAME_BYTES, "mirrored": False} | measured
+
+
+def write(folder: Path, found: pa.Table, searched: Sequence[str]) -> None:
+    """Write rows of FOUND as an artifact; `searched`: the relations that were looked for, with findings or without."""
+    with artifact.writing(folder) as tmp:
+        pq.write_table(found.replace_schema_metadata({"searched": " ".join(searched)}), tmp / FILE, compression="zstd")
+
+
+def read(folder: Path) -> tuple[pa.Table, set[str]]:
+    """The rows, and the relations that were looked for. Raises ArtifactError."""
+    table = pq.read_table(artifact.verify(folder) / FILE)
+    return table, set(table.schema.metadata[b"searched"].decode().split())

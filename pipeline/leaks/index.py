@@ -10,10 +10,10 @@ from pipeline.leaks.features import MIRROR, Bag
 
 
 class Candidates(NamedTuple):
-    """The shortlist of a batch, (n,) each, sorted by query: rows of the query and the gallery, and whether mirrored."""
+    """The shortlist of a batch, (n,) each, sorted by query: rows of the query and the reference, and whether mirrored."""
 
     query: np.ndarray
-    gallery: np.ndarray
+    match: np.ndarray
     mirror: np.ndarray
 
 
@@ -26,7 +26,7 @@ SHORTLIST = 10  # candidates per query image before they must be of one accord
 
 
 class VotingIndex:
-    """One index over the local features of all gallery images; each query feature votes for the images of its nearest neighbours.
+    """One index over the features of all reference images; each query feature votes for the images of its nearest neighbours.
 
     Every descriptor is entered twice, as it is and mirrored, so that one search finds copies and mirrored copies. Beyond
     EXACT entries the index is an inverted file of 4-bit product codes of 64 principal components: 16 bytes and an id
@@ -34,7 +34,7 @@ class VotingIndex:
     """
 
     def __init__(self, index: Any, owner: np.ndarray, points: np.ndarray) -> None:
-        """`owner`: (descriptors,) int32, the gallery row of each; `points`: (descriptors, 4) float16, as in Features.
+        """`owner`: (descriptors,) int32, the reference row of each; `points`: (descriptors, 4) float16, as in Features.
 
         Entry 2 d of the index is descriptor d, entry 2 d + 1 its mirror image.
         """
@@ -70,13 +70,13 @@ class VotingIndex:
         return cls(index, np.load(folder / "owner.npy"), np.load(folder / "points.npy"))
 
     def shortlist(self, queries: Bag, exclude: np.ndarray | None = None) -> Candidates:
-        """The gallery images that the queries share features with, at most SHORTLIST each, the likeliest first.
+        """The reference images that the queries share features with, at most SHORTLIST each, the likeliest first.
 
-        `exclude`: the gallery row that each query row shall not find (itself), where queries and gallery are the same images.
+        `exclude`: the reference row that each query row shall not find (itself), where queries and reference are the same images.
         """
         votes = self._votes(queries)
         if exclude is not None:
-            votes = votes.where(exclude[votes.query] != votes.gallery)
+            votes = votes.where(exclude[votes.query] != votes.match)
         votes = votes.where(_likeliest(votes))
         return _of_one_accord(votes, queries.points, self.points)
 
@@ -89,15 +89,15 @@ class VotingIndex:
         weight /= np.maximum(weight[:, :1], 1e-6)
         feature, rank = np.nonzero(entry[:, :-1] >= 0)
         entry = entry[feature, rank]
-        query, gallery = queries.owner[feature].astype(np.int64), self.owner[entry >> 1].astype(np.int64)
-        return _Votes(query, gallery, entry & 1, feature, entry >> 1, weight[feature, rank])
+        query, match = queries.owner[feature].astype(np.int64), self.owner[entry >> 1].astype(np.int64)
+        return _Votes(query, match, entry & 1, feature, entry >> 1, weight[feature, rank])
 
 
 class _Votes(NamedTuple):
-    """One row per vote: image rows of query and gallery, whether mirrored, feature rows of query and gallery, weight."""
+    """One row per vote: image rows of query and reference, whether mirrored, feature rows of query and reference, weight."""
 
     query: np.ndarray
-    gallery: np.ndarray
+    match: np.ndarray
     mirror: np.ndarray
     feature: np.ndarray
     voted: np.ndarray
@@ -107,8 +107,8 @@ class _Votes(NamedTuple):
         return _Votes(*(column[kept] for column in self))
 
     def pair(self) -> np.ndarray:
-        """(n,) int64, one number for each (query, gallery, mirror)."""
-        return (self.query * (int(self.gallery.max(initial=0)) + 1) + self.gallery) * 2 + self.mirror
+        """(n,) int64, one number for each (query, match, mirror)."""
+        return (self.query * (int(self.match.max(initial=0)) + 1) + self.match) * 2 + self.mirror
 
 
 def _empty_index(entries: int, sample: np.ndarray) -> Any:
@@ -148,16 +148,16 @@ def _likeliest(votes: _Votes) -> np.ndarray:
     ranked = np.lexsort((enough, -weight[enough], query))
     place = np.arange(len(ranked)) - np.searchsorted(query[ranked], query[ranked])
     chosen = enough[ranked[place < SHORTLIST]]
-    return order[_ranges(start[chosen], count[chosen])]
+    return order[ranges(start[chosen], count[chosen])]
 
 
-def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+def ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     """start[0], start[0] + 1, ... (count[0] of them), start[1], ..."""
     ends = np.cumsum(count)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start - (ends - count), count)
 
 
-def _of_one_accord(votes: _Votes, query_points: np.ndarray, gallery_points: np.ndarray) -> Candidates:
+def _of_one_accord(votes: _Votes, query_points: np.ndarray, reference_points: np.ndarray) -> Candidates:
     """The candidates with VOTES votes that one similarity explains.
 
     Every vote proposes the similarity of its two keypoints, as in `align`; this throws out nearly all candidates that
@@ -166,16 +166,16 @@ def _of_one_accord(votes: _Votes, query_points: np.ndarray, gallery_points: np.n
     pair = votes.pair()
     start = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]]) if len(pair) else np.zeros(0, np.int64)
     count = np.diff(np.r_[start, len(pair)])
-    p, q = gallery_points[votes.voted].astype(np.float64), query_points[votes.feature].astype(np.float64)
+    p, q = reference_points[votes.voted].astype(np.float64), query_points[votes.feature].astype(np.float64)
     flip = np.where(votes.mirror, -1.0, 1.0)  # mirrored about x = 0: the shift makes up for the width
     zp, zq = flip * p[:, 0] + 1j * p[:, 1], q[:, 0] + 1j * q[:, 1]
     angle = np.where(votes.mirror, np.pi - p[:, 3], p[:, 3])
     scale = q[:, 2] / p[:, 2]
     turn = scale * np.exp(1j * (q[:, 3] - angle))
     i = np.repeat(np.arange(len(pair)), np.repeat(count, count))
-    j = _ranges(np.repeat(start, count), np.repeat(count, count))
+    j = ranges(np.repeat(start, count), np.repeat(count, count))
     off = np.abs(turn[i] * (zp[j] - zp[i]) - (zq[j] - zq[i]))
     support = np.bincount(i, off < ACCORD * np.minimum(scale, 1)[i], len(pair))
     best = np.maximum.reduceat(support, start) if len(start) else np.zeros(0)
     kept = start[best >= VOTES]
-    return Candidates(votes.query[kept], votes.gallery[kept], votes.mirror[kept].astype(bool))
+    return Candidates(votes.query[kept], votes.match[kept], votes.mirror[kept].astype(bool))

@@ -41,6 +41,7 @@ PARAMS: dict[str, Any] = {
         "pool": [{"kind": "tar", "path": "pool.tar"}],
         "holdout": 0.25,
     },
+    "search": {},
     "dedup": {},
     "pretrain": {
         "base": {
