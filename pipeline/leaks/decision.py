@@ -285,6 +285,7 @@ def one_per_copy(pairs: pa.Table, pool: Manifest) -> pa.Table:
     return best.filter(pa.array(np.r_[True, row[1:] != row[:-1]][: len(row)], pa.bool_()))
 
 
+VAL_COPIES_FILE = "val_copies.parquet"
 VAL_COPIES = pa.schema(
     [
         ("id", pa.string()),  # of a validation image

@@ -7,9 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.store import artifact
-
-FILE = "findings.parquet"
+FILE, FOUND_FILE = "leaks.parquet", "findings.parquet"
 FINDINGS = pa.schema(
     [
         ("row", pa.int64()),  # of the image in its manifest
@@ -58,13 +56,23 @@ def same_bytes_row(row: int, match: int) -> Row:
     return {"row": row, "match": match, "outcome": "copy", "rule": SAME_BYTES, "mirrored": False} | measured
 
 
-def write(folder: Path, found: pa.Table, searched: Sequence[str]) -> None:
-    """Write rows of FOUND as an artifact; `searched`: the relations that were looked for, with findings or without."""
-    with artifact.writing(folder) as tmp:
-        pq.write_table(found.replace_schema_metadata({"searched": " ".join(searched)}), tmp / FILE, compression="zstd")
+def write_found(folder: Path, found: pa.Table, searched: Sequence[str]) -> None:
+    """Write rows of FOUND into the artifact being made at `folder`; `searched`: the relations that were looked for."""
+    table = found.replace_schema_metadata({"searched": " ".join(searched)})
+    pq.write_table(table, folder / FOUND_FILE, compression="zstd")
 
 
-def read(folder: Path) -> tuple[pa.Table, set[str]]:
-    """The rows, and the relations that were looked for. Raises ArtifactError."""
-    table = pq.read_table(artifact.verify(folder) / FILE)
+def read_found(folder: Path) -> tuple[pa.Table, set[str]]:
+    """The rows of the artifact `folder`, and the relations that were looked for, with findings or without."""
+    table = pq.read_table(folder / FOUND_FILE)
     return table, set(table.schema.metadata[b"searched"].decode().split())
+
+
+def write(folder: Path, audit: pa.Table) -> None:
+    """Write the decided findings into the artifact being made at `folder`."""
+    pq.write_table(audit, folder / FILE, compression="zstd")
+
+
+def read(folder: Path) -> pa.Table:
+    """The decided findings of the artifact `folder`."""
+    return pq.read_table(folder / FILE)

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.report.entries import Entry, against, read_entry, with_agreement
 from pipeline.report.evaluation import Evaluation
-from pipeline.report.page import MLFLOW, gallery_of, render
+from pipeline.report.page import MLFLOW, gallery_of, leaks_of, render
 from pipeline.report.statistics import Difference
 from pipeline.report.table import as_csv, as_json, as_markdown, difference_of, footnotes, print_table
 from pipeline.store import artifact
@@ -44,6 +44,7 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
         (tmp / "comparison.json").write_text(json.dumps(as_json(params.title, params.baseline, compared), indent=1) + "\n")
         (tmp / "report.html").write_text(render(params.title, params.baseline, compared, notes, evaluations.parent, out))
     print_table(params.title, compared)
+    _say_leaks(evaluations.parent)
     return {
         e.name: {"top1": e.evaluation.val.top1, "holdout_top1": e.evaluation.holdout.top1, **difference_of(e)} for e in compared
     }
@@ -62,10 +63,16 @@ def show(out: Path) -> None:
         evaluation = Evaluation.model_validate(e)
         entries.append(Entry(name, evaluation, nothing, nothing, nothing, e["history"], {}, difference, e["agreement"]))
     print_table(saved["title"], entries)
+    _say_leaks(out.parents[1])
     gallery = gallery_of(out.parents[1])
     sys.stderr.write(f"\nreport   {out / 'report.html'}\n")
     sys.stderr.write(f"gallery  {gallery}: what was removed from the pool, and why\n" if gallery.exists() else "")
     sys.stderr.write(f"runs     {MLFLOW}\n")
+
+
+def _say_leaks(data: Path) -> None:
+    for sentence in leaks_of(data):
+        sys.stderr.write(f"LEAK: {sentence}\n")
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def run(
     sources = {"pool": pool, "train": train, "holdout": holdout, "val": val}
     sets = {name: manifest.read(source) for name, source in sources.items()}
     decisions = decision.read_overrides(overrides, sets)
-    rows, searched = findings.read(found)
+    rows, searched = findings.read_found(artifact.verify(found))
     _check_searched(params, searched)
     audit = decision.decide(rows, params, decisions, sets)
     kept = {name: _kept(sets[name], audit, name) for name in decision.REMOVABLE}
@@ -60,13 +60,13 @@ def run(
     metrics = _metrics(audit, sets, kept)
     warnings = decision.warnings(metrics, params.model_dump())
     with artifact.writing(leaks_out) as tmp:
-        pq.write_table(audit, tmp / "leaks.parquet", compression="zstd")
-        pq.write_table(decision.val_copies(audit), tmp / "val_copies.parquet", compression="zstd")
+        findings.write(tmp, audit)
+        pq.write_table(decision.val_copies(audit), tmp / decision.VAL_COPIES_FILE, compression="zstd")
     with artifact.writing(gallery_out) as tmp:
         (tmp / "index.html").write_text(page(audit, sets, params, warnings))
     for sentence in warnings:
         sys.stderr.write(f"LEAK: {sentence}\n")
-    return metrics
+    return metrics | {"warnings": warnings or None}
 
 
 def _check_searched(params: Dedup, searched: set[str]) -> None:

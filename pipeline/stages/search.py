@@ -8,7 +8,7 @@ from pipeline.harness import stage
 from pipeline.harness.machine import Machine
 from pipeline.leaks import findings
 from pipeline.leaks.search import Search, search
-from pipeline.store import manifest
+from pipeline.store import artifact, manifest
 
 
 def run(
@@ -26,7 +26,8 @@ def run(
     names = list(sets)
     relations = [f"{name}-{other}" for i, name in enumerate(names) for other in names[: i + 1]]
     relations += [f"pool-{name}" for name in [*names, *(["pool"] if params.duplicates else [])]]
-    findings.write(out, found, relations)
+    with artifact.writing(out) as tmp:
+        findings.write_found(tmp, found, relations)
     outcomes = pc.value_counts(found["outcome"]).to_pylist()
     counts = {"images": len(images), "reference": sum(map(len, sets.values()))}
     return counts | dict.fromkeys(("copy", "review", "alike", "unverifiable"), 0) | {o["values"]: o["counts"] for o in outcomes}

@@ -15,7 +15,7 @@ from pipeline.harness.machine import Machine
 from pipeline.stages import label, pack, score
 from pipeline.store import artifact
 from tests.conftest import prepared
-from tests.stages.test_dedup import bench, bytes_of
+from tests.leaks.bench import bench, bytes_of
 from tests.stages.test_teach_and_distil import MACHINE, taught
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dask's own warnings
