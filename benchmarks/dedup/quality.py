@@ -41,9 +41,10 @@ class Ours:
 
 
 def same_rule_without_index(reference: list[features.Picture], query: features.Picture) -> np.ndarray:
-    """As `Ours.scores`, with every reference image a candidate, mirrored too: what the index may lose at most."""
-    count = np.arange(len(reference))
-    every = index.Candidates(np.zeros(2 * len(reference), int), np.repeat(count, 2), np.tile([False, True], len(reference)))
+    """As `Ours.scores`, with every reference image a candidate, mirrored and negative too: what the index may lose at most."""
+    n = len(reference)
+    same = (np.zeros(4 * n, int), np.repeat(np.arange(n), 4), np.tile([False, True], 2 * n), np.tile([0, 0, 1, 1], n) > 0)
+    every = index.Candidates(*same)
     scores = np.zeros(len(reference))
     for row in search.verified([query], every, reference):
         scores[row["match"]] = 2 if row["outcome"] == "copy" else 1

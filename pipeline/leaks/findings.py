@@ -16,6 +16,7 @@ FINDINGS = pa.schema(
         ("rule", pa.string()),
         ("inliers", pa.int32()),
         ("mirrored", pa.bool_()),
+        ("negative", pa.bool_()),
         ("transform", pa.list_(pa.float64())),  # 3 x 3, row by row, from the match's coordinates to the image's
         ("zncc", pa.float32()),
         ("local", pa.float32()),

@@ -88,6 +88,7 @@ def _pair(image: np.ndarray, match: np.ndarray, row: Row) -> np.ndarray:
         return canvas
     shift = np.array([left.shape[1] + GAP, 0.0])
     a, b = features.extract(match), features.extract(image)
+    a = features.negative(a) if row["negative"] else a
     found = geometry.align(a, b, row["mirrored"])
     pairs = np.zeros((0, 2), int) if found is None else found.pairs[:: max(1, found.inliers // LINES)]
     places = a.features.points[pairs[:, 0], :2] * max(right.shape) + shift

@@ -369,11 +369,11 @@ def _batches(pictures: Iterator[features.Picture | None]) -> Iterator[list[featu
 def verified(batch: Sequence[features.Picture | None], candidates: index.Candidates, reference: ByRow) -> list[Row]:
     """A row per pair of a query of the batch and a reference image that is more than chance."""
     found: dict[tuple[int, int], Row] = {}
-    for query, row, mirror in zip(*(column.tolist() for column in candidates), strict=True):
+    for query, row, mirror, negative in zip(*(column.tolist() for column in candidates), strict=True):
         a, b = reference[row], batch[query]
-        seen = verdict.examine(a, b, mirror) if a and b else None
+        seen = verdict.examine(features.negative(a) if negative else a, b, mirror) if a and b else None
         if seen and seen[2].outcome:
-            new = _row(query, row, *seen)
+            new = _row(query, row, *seen) | {"negative": negative}
             found[query, row] = max(new, found.get((query, row), new), key=lambda r: (r["outcome"] == "copy", r["score"]))
     return list(found.values())
 

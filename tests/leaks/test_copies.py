@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from pipeline.leaks import features, geometry, index
+from pipeline.leaks import features, geometry, index, search
 from pipeline.leaks.index import VotingIndex
 from pipeline.leaks.verdict import Likeness, Verdict, compare, examine, judge
 from tests.photographs import COPIES, badged, captioned, cropped, mirrored, photograph, recoded, smaller
@@ -27,8 +27,8 @@ def verdict(a: features.Picture, b: features.Picture, mirror: bool = False) -> V
 
 def removed(index: VotingIndex, gallery: Sequence[features.Picture], queries: Sequence[features.Picture]) -> Found:
     candidates = index.shortlist(features.bag([picture.features for picture in queries]))
-    pairs = zip(*(column.tolist() for column in candidates), strict=True)
-    return {(q, g) for q, g, mirror in pairs if verdict(gallery[g], queries[q], mirror).outcome == "copy"}
+    found = search.verified(queries, candidates, gallery)
+    return {(row["row"], row["match"]) for row in found if row["outcome"] == "copy"}
 
 
 def exhaustive(gallery: Sequence[np.ndarray], queries: Sequence[np.ndarray]) -> Found:
@@ -83,6 +83,37 @@ def test_a_mirrored_descriptor_is_a_permutation():
     assert same.mean() > 0.85  # mirrored pixels round differently, so a few keypoints come and go
     apart = np.linalg.norm(turned.descriptors[same].astype(float) - expected.descriptors[twin[same]], axis=1)
     assert np.median(apart) < 2.0  # of a length of 512: the same but for rounding
+
+
+def test_the_negative_has_the_same_features_turned_over():
+    image = photograph(0, 200, 150)
+    expected, turned = features.extract(255 - image).features, features.negative(features.extract(image)).features
+    off = np.abs(turned.points[:, None, :3] - expected.points[None, :, :3]).sum(2)
+    off += np.abs(np.angle(np.exp(1j * (turned.points[:, None, 3] - expected.points[None, :, 3]))))
+    twin, same = off.argmin(1), off.min(1) < 0.01
+    assert same.mean() > 0.95
+    apart = np.linalg.norm(turned.descriptors[same].astype(float) - expected.descriptors[twin[same]], axis=1)
+    assert np.median(apart) < 2.0
+
+
+def test_either_polarity_is_the_same_for_a_descriptor_and_its_negative():
+    descriptors = features.extract(photograph(1)).features.descriptors
+    one, turned = features.either_polarity(descriptors)
+    other, back = features.either_polarity(descriptors[:, features.NEGATIVE])
+    assert (one == other).all()
+    assert (turned != back).all()
+    assert 0.2 < turned.mean() < 0.8
+
+
+@pytest.mark.parametrize("exact", [20_000, 0])
+def test_negatives_are_found(originals, gallery, exact: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index, "EXACT", exact)
+    queries = [features.extract(255 - recoded(image)) for image in originals[:4]]
+    queries += [features.extract(255 - mirrored(cropped(image, 0.7))) for image in originals[4:8]]
+    found = search.verified(queries, index_of(gallery).shortlist(features.bag([q.features for q in queries])), gallery)
+    seen = [(r["row"], r["match"], r["negative"], r["mirrored"]) for r in found if r["outcome"] == "copy"]
+    assert sorted(seen) == [(i, i, True, i >= 4) for i in range(8)]
+    assert all(row["zncc"] > 0.9 for row in found)
 
 
 def test_mirroring_twice_changes_nothing():
