@@ -227,6 +227,30 @@ def test_a_copy_half_hidden_is_seen_in_its_other_half(originals: list[np.ndarray
     assert likeness.half > 0.9
 
 
+def swirled(image: np.ndarray) -> np.ndarray:
+    """Turned by 45 degrees in the middle, by less and less towards the corners."""
+    height, width = image.shape[:2]
+    y, x = np.indices((height, width), np.float32)
+    dx, dy = x - width / 2, y - height / 2
+    turn = np.deg2rad(45) * np.clip(1 - np.hypot(dx / width, dy / height) / 0.55, 0, 1)
+    x, y = width / 2 + dx * np.cos(turn) - dy * np.sin(turn), height / 2 + dx * np.sin(turn) + dy * np.cos(turn)
+    return cv2.remap(image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+
+
+def test_features_that_agree_all_over_convict_where_pixels_differ(originals: list[np.ndarray], gallery: list[features.Picture]):
+    seen = [examine(gallery[i], features.extract(swirled(originals[i])), False) for i in range(6)]
+    rules = [s[2].rule for s in seen if s]
+    assert rules.count("features everywhere") >= 4
+    assert len(rules) == 6
+
+
+def test_features_of_one_corner_are_not_all_over():
+    pictures = [features.extract(badged(photograph(seed, 320, 240))) for seed in range(300, 304)]
+    matches = [m for a in pictures for b in pictures if a is not b and (m := geometry.align(a, b, False)) and m.inliers >= 12]
+    assert matches
+    assert max(match.even for match in matches) < 0.5
+
+
 @pytest.mark.parametrize("mirror", [False, True])
 def test_registration_finds_the_place_of_a_small_image(originals: list[np.ndarray], mirror: bool):
     small = cv2.resize(originals[4], (32, 32), interpolation=cv2.INTER_AREA)  # another shape than the original's
@@ -242,6 +266,22 @@ def test_registration_finds_the_place_of_a_small_image(originals: list[np.ndarra
 
 def test_registration_of_a_plain_image_finds_nothing(gallery: list[features.Picture]):
     assert geometry.register(gallery[0], features.extract(np.full((24, 32, 3), 128, np.uint8)), np.eye(3)) is None
+
+
+@pytest.mark.parametrize(
+    ("inliers", "even", "likeness", "detail", "expected"),
+    [
+        (10, 0.7, {}, 160, "features everywhere"),
+        (9, 0.7, {}, 160, "shared features"),
+        (10, 0.69, {}, 160, "shared features"),
+        (10, 0.7, {"local": 0.2}, 160, "shared features"),
+        (10, 0.7, {"cover_a": 0.4, "cover_b": 0.4}, 160, "shared features"),
+        (15, 1.0, {}, 64, ""),
+    ],
+)
+def test_judgement_by_even_features(inliers: int, even: float, likeness: dict[str, float], detail: int, expected: str):
+    pixels = Likeness(zncc=0.1, local=0.3, half=0.4, texture=0.9, cover_a=1.0, cover_b=1.0)._replace(**likeness)
+    assert judge(geometry.Match(np.eye(3), np.zeros((inliers, 2), int), False, even), pixels, detail).rule == expected
 
 
 SAME = Likeness(zncc=0.95, local=0.95, half=0.95, texture=0.9, cover_a=1.0, cover_b=1.0)
