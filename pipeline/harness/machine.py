@@ -17,7 +17,7 @@ class Machine(Section):
     core. `memory_gb`: decoded images up to this size stay in memory; larger sets are decoded batch by batch.
     `checkpoint_minutes`: how much work a killed training run may lose. `processes`: how many train together, each on its part of
     every batch (one per GPU; torchrun starts them). `compile`: translate the networks with torch.compile: worth its
-    start-up time on a GPU and in long runs. `executor`: who does the shards of `dedup`, `score`, `label` and `pack`: `local`,
+    start-up time on a GPU and in long runs. `executor`: who does the shards of `search`, `score`, `label` and `pack`: `local`,
     this machine, or `dask://HOST:PORT`, the workers of a cluster that sees the same folder (docs/operations.md).
     """
 

@@ -130,8 +130,9 @@ def project(transform: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 ROUGH, TURN, GROWTH = 0.1, np.pi / 4, 1.6
 """Of a pair that agrees roughly: distance from its place in units of the longest side, and difference of angle and of size."""
-GRID, CROWD, CELLS = 5, 3, 6
-"""An image has GRID x GRID cells; those with CROWD features of either image count, if there are CELLS."""
+GRID, CROWD, CELLS, SPAN = 5, 3, 6, 3
+"""An image has GRID x GRID cells; those with CROWD features of either image count, if there are CELLS. Those that agree must reach
+over SPAN rows and columns: two lines of text do not."""
 
 
 def _roughly(p: np.ndarray, q: np.ndarray, transform: np.ndarray) -> np.ndarray:
@@ -146,8 +147,8 @@ def _roughly(p: np.ndarray, q: np.ndarray, transform: np.ndarray) -> np.ndarray:
 
 
 def _even(in_b: np.ndarray, agreeing: np.ndarray, a: Picture, b: Picture, transform: np.ndarray) -> float:
-    """The cells of b that have an agreeing pair, over as many as pairs thrown on the features by chance would reach; 0 where the
-    cells are few.
+    """The cells of b that have an agreeing pair, over as many as pairs thrown on the features by chance would reach; 0 where they
+    are few or lie in a strip.
 
     A layout's features agree in their own cells only, however many there are; those of a copy that is bent, blended, or hidden
     in part agree all over. `in_b`: (n, 2) all features of a; `agreeing`: (m, 2) places in b.
@@ -160,6 +161,9 @@ def _even(in_b: np.ndarray, agreeing: np.ndarray, a: Picture, b: Picture, transf
     if np.count_nonzero(crowds) < CELLS:
         return 0.0
     pairs = np.where(crowds > 0, _per_cell(agreeing, b.extent), 0)
+    where = pairs.reshape(GRID, GRID) > 0
+    if min(where.any(0).sum(), where.any(1).sum()) < SPAN:
+        return 0.0
     expected = (1 - (1 - crowds / crowds.sum()) ** pairs.sum()).sum()
     return float(min(1.0, np.count_nonzero(pairs) / max(1.0, expected)))
 

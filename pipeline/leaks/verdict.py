@@ -161,7 +161,7 @@ def judge(match: Match, likeness: Likeness, detail: int) -> Verdict:
             return Verdict("copy", "partly covered")
         if inliers >= 12 and half >= 0.9 and overlap >= 0.8:
             return Verdict("copy", "half covered")
-        if inliers >= 10 and match.even >= 0.7 and local >= 0.25:
+        if inliers >= 16 and match.even >= 0.65 and local >= 0.25:
             return Verdict("copy", "features everywhere")
     if inliers >= 16 or (inliers >= 8 and (local >= 0.4 or detail > SMALL_DETAIL)):
         return Verdict("review", "shared features")
