@@ -3,7 +3,7 @@
     python -m benchmarks.seeds recipes/cifar10.yaml --seeds 0 1 2 --jobs 2 --out docs/cifar10-seeds.md
 
 Each seed runs in a folder of its own under .scratch/seeds/, with the files of the last commit and this repository's DVC cache:
-what does not depend on the seed (prepare, dedup) runs once. A repeated command goes on where the last one stopped.
+what does not depend on the seed (prepare, search, dedup) runs once. A repeated command goes on where the last one stopped.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pipeline.report import evaluation
 from pipeline.report.evaluation import Evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
-UNSEEDED = ("prepare", "dedup")
+UNSEEDED = ("prepare", "search", "dedup")
 
 
 def main() -> None:

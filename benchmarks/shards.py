@@ -2,8 +2,8 @@
 
     python -m benchmarks.shards --images 4096 --workers 1 2 4
 
-Checks the first images of the built-in pool for leaks (`dedup`), each time from nothing, in a folder under .scratch/shards/.
-The cluster's scheduler and workers are those of docs/operations.md, on this machine. The artifacts of every run are compared
+Checks the first images of the built-in pool for leaks (`search`), each time from nothing, in a folder under .scratch/shards/.
+The cluster's scheduler and workers are those of docs/operations.md, on this machine. The findings of every run are compared
 with those of the first.
 """
 
@@ -24,8 +24,6 @@ from benchmarks import seeds
 from benchmarks.flow import free_port
 from pipeline.store import artifact, manifest
 
-OUTS = ("pool", "train", "leaks", "gallery")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,9 +38,9 @@ def main() -> None:
     with artifact.writing(folder / "part") as tmp:
         manifest.write(tmp, pool.table, pool.classes)
     print(f"{args.images:,} images against {len(manifest.read(folder / 'data' / 'prepare' / 'val')):,}; {seeds.machine()}\n")
-    print("| where | workers | killed | seconds | of one local worker's | artifacts |")
+    print("| where | workers | killed | seconds | of one local worker's | findings |")
     print("| --- | ---: | ---: | ---: | ---: | --- |")
-    first: tuple[float, list[str]] | None = None
+    first: tuple[float, str] | None = None
     for where in ("local", "dask"):
         for workers, kill in [*((n, False) for n in args.workers), (2, True)]:
             took, made = run(folder, where, workers, kill)
@@ -51,28 +49,28 @@ def main() -> None:
             print(f"| {where} | {workers} | {int(kill)} | {took:.1f} | {took / first[0]:.2f} | {same} |", flush=True)
 
 
-def run(folder: Path, where: str, workers: int, kill: bool) -> tuple[float, list[str]]:
-    """Seconds of the stage, and the identities of its artifacts."""
+def run(folder: Path, where: str, workers: int, kill: bool) -> tuple[float, str]:
+    """Seconds of the stage, and the identity of its findings."""
     started = cluster(folder, workers) if where == "dask" else contextlib.nullcontext(("local", list[int]()))
     with started as (executor, processes):
         machine = {"threads": 1, "workers": workers, "executor": executor}
-        (folder / "machine.yaml").write_text(yaml.safe_dump({"machine": machine, "dedup": {}}))
-        command = [sys.executable, "-m", "pipeline.stages.dedup", "--params", "machine.yaml", "--pool", "part"]
-        command += ["--val", "data/prepare/val", "--train", "data/prepare/train", "--overrides", "data/overrides.csv"]
-        for name in OUTS:
-            command += [f"--{name}-out", f"made/{name}"]
+        (folder / "machine.yaml").write_text(yaml.safe_dump({"machine": machine, "search": {}}))
+        command = [sys.executable, "-m", "pipeline.stages.search", "--params", "machine.yaml", "--pool", "part"]
+        for name in ("val", "holdout", "train"):
+            command += [f"--{name}", f"data/prepare/{name}"]
+        command += ["--out", "made/findings"]
         start = time.monotonic()
         with (folder / "log.txt").open("a") as log:
             stage = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env={**os.environ, "WINNOW_TRACKING": "off"})
             if kill:
-                while not list(folder.glob(".scratch/dedup/*/pool-val/*.parquet")):  # its first shard
+                while not list(folder.glob(".scratch/search/*/pool-reference/*.parquet")):  # its first shard
                     if stage.poll() is not None:
                         sys.exit(f"the stage ended before a worker could be killed; see {folder / 'log.txt'}")
                     time.sleep(0.05)
                 os.kill((processes or children(stage.pid))[0], signal.SIGKILL)
             if stage.wait():
                 sys.exit(f"the stage failed; see {folder / 'log.txt'}")
-        return time.monotonic() - start, [artifact.identity(folder / "made" / name) for name in OUTS]
+        return time.monotonic() - start, artifact.identity(folder / "made" / "findings")
 
 
 @contextlib.contextmanager

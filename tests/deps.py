@@ -15,7 +15,7 @@ from pipeline.harness.stage import INERT
 
 ROOT = Path(__file__).parents[1]
 WHOLE = ("pipeline.store", "pipeline.models")
-SECONDS = ("draw", "select", "ensemble", "compare")  # the stages that take no longer
+SECONDS = ("draw", "dedup", "select", "ensemble", "compare")  # the stages that take no longer
 FOLDERS = ("pipeline.learning.loop",)  # rooms within a room
 
 

@@ -72,6 +72,7 @@ SIMCLR = {"pretrain@base", "teach@few", "distil@spread"}
 ALL = {
     "draw@scenes",
     "prepare",
+    "search",
     "dedup",
     "teach@teacher",
     "score@teacher",
@@ -112,6 +113,7 @@ def test_the_same_params_give_the_same_bits_in_another_place(house: House, tmp_p
     other = House(tmp_path)
     shutil.copytree(house.folder / "data/draw", other.folder / "data/draw", dirs_exist_ok=True)
     shutil.copytree(house.folder / "data/prepare", other.folder / "data/prepare", dirs_exist_ok=True)
+    shutil.copytree(house.folder / "data/search", other.folder / "data/search", dirs_exist_ok=True)
     shutil.copytree(house.folder / "data/dedup", other.folder / "data/dedup", dirs_exist_ok=True)
     other.run("dvc", "repro", "--single-item", "teach@teacher", "score@teacher", "select@top", "distil@ssld")
     for made in ("teach/teacher", "score/teacher", "select/top", "distil/ssld"):

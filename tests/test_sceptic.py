@@ -13,7 +13,7 @@ def run_folder(folder: Path, predicted: list[int]) -> Path:
     """Four validation images of class 0; `a` has two copies in the pool, `b` a doubtful one and one in the labelled set."""
     audit = {
         "relation": ["pool-val", "pool-val", "pool-val", "train-val", "pool-val"],
-        "outcome": ["removed", "removed", "review", "removed", "removed"],
+        "outcome": ["copy", "copy", "review", "copy", "by hand"],
         "match_id": ["a", "a", "b", "b", None],  # the last was removed by hand
     }
     predictions = {"id": list("abcd"), "label": [0] * 4, "predicted": predicted}

@@ -37,6 +37,7 @@ PARAMS: dict[str, Any] = {
         "pool": [{"kind": "tar", "path": "pool-*.tar"}],
         "holdout": 0.2,
     },
+    "search": {},
     "dedup": {},
     "models": {"small": NETWORK},
     "views": {"shifted": {}},

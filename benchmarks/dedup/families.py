@@ -234,3 +234,174 @@ def families(others: list[np.ndarray]) -> dict[str, Family]:
         "a quarter of a collage": collage(others),
         "perspective, 30 %": perspective(0.3),
     }
+
+
+def vignette(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
+    """Dark towards the corners, black in them."""
+    return np.rint(image * np.clip(1.35 - 1.35 * _radius(image)[..., None] ** 2, 0, 1)).astype(np.uint8)
+
+
+def _radius(image: np.ndarray) -> np.ndarray:
+    """(H, W), 0 in the middle and 1 in the corners."""
+    y, x = np.indices(image.shape[:2], np.float32)
+    h, w = image.shape[:2]
+    radius: np.ndarray = np.hypot((x / (w - 1) - 0.5) * 2, (y / (h - 1) - 0.5) * 2) / 2**0.5
+    return radius
+
+
+def black_corners(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
+    """Black outside of an ellipse, as of a peephole."""
+    return np.where(_radius(image)[..., None] < 0.72, image, 0).astype(np.uint8)
+
+
+def radial(strength: float) -> Family:
+    """Barrel distortion (positive) or pincushion; nothing leaves the frame of a barrel."""
+
+    def apply(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
+        h, w = image.shape[:2]
+        y, x = np.indices((h, w), np.float32)
+        grow = (1 + strength * _radius(image) ** 2) / (1 + max(strength, 0))
+        return _remap(image, w / 2 + (x - w / 2) * grow, h / 2 + (y - h / 2) * grow)
+
+    return apply
+
+
+def _remap(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return cv2.remap(image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+
+
+def swirl(degrees: float) -> Family:
+    """The middle is turned, by less and less to three quarters of the way to the corners."""
+
+    def apply(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        h, w = image.shape[:2]
+        y, x = np.indices((h, w), np.float32)
+        turn = np.deg2rad(degrees) * random.choice([-1, 1]) * np.clip(1 - _radius(image) / 0.75, 0, 1)
+        dx, dy = x - w / 2, y - h / 2
+        return _remap(image, w / 2 + dx * np.cos(turn) - dy * np.sin(turn), h / 2 + dx * np.sin(turn) + dy * np.cos(turn))
+
+    return apply
+
+
+def wave(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Rows and columns shifted by a sine of 2 % of the longest side."""
+    y, x = np.indices(image.shape[:2], np.float32)
+    side = max(image.shape)
+    a, b = random.uniform(0, 2 * np.pi, 2)
+    shift = 0.02 * side
+    return _remap(image, x + shift * np.sin(y * 12 / side + a), y + shift * np.sin(x * 12 / side + b))
+
+
+def stickers(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Six discs and stars, each a quarter of the short side wide."""
+    out = image.copy()
+    h, w = out.shape[:2]
+    r = min(h, w) // 8
+    for _ in range(6):
+        x, y = int(random.integers(r, w - r)), int(random.integers(r, h - r))
+        fill, line = ([int(c) for c in random.integers(0, 256, 3)] for _ in range(2))
+        cv2.circle(out, (x, y), r, fill, -1, cv2.LINE_AA)
+        angles = np.arange(10) * np.pi / 5 + random.uniform(0, 6)
+        star = np.stack([np.cos(angles), np.sin(angles)], 1) * (r * np.where(np.arange(10) % 2, 0.4, 0.9))[:, None]
+        cv2.fillPoly(out, [np.rint(star + np.array([x, y])).astype(np.int32)], line, cv2.LINE_AA)
+    return out
+
+
+def erased(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Four plain boxes of a third of each side."""
+    out = image.copy()
+    h, w = out.shape[:2]
+    for _ in range(4):
+        y, x = int(random.integers(h - h // 3)), int(random.integers(w - w // 3))
+        out[y : y + h // 3, x : x + w // 3] = random.integers(0, 256, 3)
+    return out
+
+
+def blend(share: float, others: list[np.ndarray]) -> Family:
+    """`share` of the photograph, the rest another one that shows through."""
+
+    def apply(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        other = others[int(random.integers(len(others)))]
+        other = cv2.resize(other, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_AREA)
+        return cv2.addWeighted(image, share, other, 1 - share, 0)
+
+    return apply
+
+
+def screen(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A photograph of a screen: a grid of dark lines, a slant, a reflection, too much contrast."""
+    out = image.astype(np.float32)
+    out[::3] *= 0.6
+    out[:, ::3] *= 0.8
+    x = np.arange(image.shape[1], dtype=np.float32)
+    out += 90 * np.exp(-(((x / image.shape[1] - random.uniform(0.2, 0.8)) * 4) ** 2))[:, None]
+    out = np.clip((out - 128) * 1.3 + 118, 0, 255)
+    return perspective(0.12)(out.astype(np.uint8), random)
+
+
+def posterize(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
+    return (image // 64 * 85).astype(np.uint8)
+
+
+def solarize(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
+    return np.where(image < 128, image, 255 - image).astype(np.uint8)
+
+
+def negative(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
+    return 255 - image
+
+
+def marked(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A word of its own all over the picture, half transparent."""
+    word = "".join(random.choice(list("ABCDEFGHKLMNPRSTUVXYZ"), 7))
+    marks, (h, w) = image.copy(), image.shape[:2]
+    size = _fit(word, w // 2)
+    for i in range(6):
+        for j in (0, 1):
+            at = (round(w * j / 2), round(h * (i + 0.7) / 6))
+            cv2.putText(marks, word, at, cv2.FONT_HERSHEY_DUPLEX, size, (255,) * 3, max(1, round(2 * size)), cv2.LINE_AA)
+    return cv2.addWeighted(image, 0.5, marks, 0.5, 0)
+
+
+def pixelate(image: np.ndarray, _: np.random.Generator) -> np.ndarray:
+    """Blocks of a sixtieth of the longest side."""
+    h, w = image.shape[:2]
+    small = cv2.resize(image, (max(1, w * 60 // max(h, w)), max(1, h * 60 // max(h, w))), interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, (w, h), interpolation=cv2.INTER_NEAREST)
+
+
+def in_order(*steps: Family) -> Family:
+    def apply(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        for step in steps:
+            image = np.ascontiguousarray(step(image, random))
+        return image
+
+    return apply
+
+
+def hard_families(others: list[np.ndarray]) -> dict[str, Family]:
+    """Copies that are changed in part, or bent, so that many features agree and many pixels do not."""
+    return {
+        "vignette": vignette,
+        "black corners": black_corners,
+        "barrel, 0.3": radial(0.3),
+        "barrel, 0.6": radial(0.6),
+        "pincushion, 0.3": radial(-0.3),
+        "swirl, 45 degrees": swirl(45),
+        "swirl, 90 degrees": swirl(90),
+        "wave, 2 %": wave,
+        "six stickers": stickers,
+        "four erased boxes": erased,
+        "blend, 70 %": blend(0.7, others),
+        "blend, 50 %": blend(0.5, others),
+        "photograph of a screen": screen,
+        "posterized, 4 levels": posterize,
+        "solarized": solarize,
+        "negative": negative,
+        "own watermark all over": marked,
+        "pixelated to 60": pixelate,
+        "mirrored and stickers": in_order(mirror, stickers),
+        "crop, 50 %, and text": in_order(crop(0.5), text),
+        "border and vignette": in_order(vignette, border(0.15)),
+        "JPEG 10 and erased boxes": in_order(erased, jpeg(10)),
+    }

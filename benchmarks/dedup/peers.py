@@ -19,17 +19,17 @@ REPROJECTION = 0.02  # RANSAC's tolerance, in units of the longest side
 
 
 class Exhaustive:
-    """Each query matched with each gallery image and its mirror image; the score is RANSAC's inliers of a homography."""
+    """Each query matched with each reference image and its mirror image; the score is RANSAC's inliers of a homography."""
 
-    def __init__(self, gallery: Sequence[features.Picture]) -> None:
-        both = [f for p in gallery for f in (p.features, features.mirrored(p.features, float(p.extent[0])))]
+    def __init__(self, reference: Sequence[features.Picture]) -> None:
+        both = [f for p in reference for f in (p.features, features.mirrored(p.features, float(p.extent[0])))]
         self.starts = np.r_[0, np.cumsum([len(f) for f in both])]
         self.points = np.concatenate([f.points for f in both])[:, :2]
         self.descriptors = np.concatenate([f.descriptors for f in both]).astype(np.float32)
         self.norms = (self.descriptors**2).sum(1)
 
     def scores(self, query: features.Picture) -> np.ndarray:
-        """(gallery images,) inliers."""
+        """(reference images,) inliers."""
         q = query.features.descriptors.astype(np.float32)
         distance = self.norms - 2 * q @ self.descriptors.T + (q**2).sum(1)[:, None]
         nearest = np.minimum.reduceat(distance, self.starts[:-1], axis=1)
@@ -53,11 +53,11 @@ class Exhaustive:
 class Hashes:
     """A perceptual hash of 64 bits; the score is the number of those that agree."""
 
-    def __init__(self, bits: Callable[[np.ndarray], np.ndarray], gallery: Sequence[np.ndarray]) -> None:
-        self.bits, self.gallery = bits, np.stack([bits(image) for image in gallery])
+    def __init__(self, bits: Callable[[np.ndarray], np.ndarray], reference: Sequence[np.ndarray]) -> None:
+        self.bits, self.reference = bits, np.stack([bits(image) for image in reference])
 
     def scores(self, query: np.ndarray) -> np.ndarray:
-        return (self.gallery == self.bits(query)).sum(1)
+        return (self.reference == self.bits(query)).sum(1)
 
 
 def imagehash_bits(image: np.ndarray) -> np.ndarray:

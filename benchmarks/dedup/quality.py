@@ -1,4 +1,4 @@
-"""Recall per family of copies, beside exhaustive matching and pHash; and what a shared overlay does to different photographs."""
+"""Recall per family of copies beside exhaustive matching and pHash; and what a shared overlay does to different photographs."""
 
 import tarfile
 from collections.abc import Callable, Iterable
@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 
 from benchmarks.dedup import families
-from benchmarks.dedup.peers import Exhaustive, Hashes, imagededup_bits, imagehash_bits
 from pipeline.harness import progress
 from pipeline.leaks import features, index, search, verdict
 from pipeline.store.decode import decode
@@ -27,27 +26,28 @@ def photographs(tar: Path, seed: int) -> list[np.ndarray]:
 class Ours:
     """The leak check as the stage runs it, on images in memory."""
 
-    def __init__(self, gallery: list[features.Picture]) -> None:
-        bag = features.bag([picture.features for picture in gallery])
-        self.gallery = gallery
+    def __init__(self, reference: list[features.Picture]) -> None:
+        bag = features.bag([picture.features for picture in reference])
+        self.reference = reference
         self.index = index.VotingIndex.build(len(bag.owner), [bag], bag.descriptors)
 
     def scores(self, query: features.Picture) -> np.ndarray:
-        """(gallery images,) 2 removed, 1 review, 0 nothing."""
-        scores = np.zeros(len(self.gallery))
-        for row in search.findings(iter([query]), self.index, self.gallery):
+        """(reference images,) 2 removed, 1 review, 0 nothing."""
+        scores = np.zeros(len(self.reference))
+        for row in search.findings(iter([query]), self.index, self.reference):
             if row.get("match") is not None:
-                scores[row["match"]] = 2 if row["outcome"] == "removed" else 1
+                scores[row["match"]] = 2 if row["outcome"] == "copy" else 1
         return scores
 
 
-def same_rule_without_index(gallery: list[features.Picture], query: features.Picture) -> np.ndarray:
-    """As `Ours.scores`, with every gallery image a candidate, mirrored too: what the index may lose at most."""
-    count = np.arange(len(gallery))
-    every = index.Candidates(np.zeros(2 * len(gallery), int), np.repeat(count, 2), np.tile([False, True], len(gallery)))
-    scores = np.zeros(len(gallery))
-    for row in search.verified([query], every, gallery):
-        scores[row["match"]] = 2 if row["outcome"] == "removed" else 1
+def same_rule_without_index(reference: list[features.Picture], query: features.Picture) -> np.ndarray:
+    """As `Ours.scores`, with every reference image a candidate, mirrored and negative too: what the index may lose at most."""
+    n = len(reference)
+    same = (np.zeros(4 * n, int), np.repeat(np.arange(n), 4), np.tile([False, True], 2 * n), np.tile([0, 0, 1, 1], n) > 0)
+    every = index.Candidates(*same)
+    scores = np.zeros(len(reference))
+    for row in search.verified([query], every, reference):
+        scores[row["match"]] = 2 if row["outcome"] == "copy" else 1
     return scores
 
 
@@ -94,17 +94,19 @@ IMAGEHASH, IMAGEDEDUP = "pHash (imagehash)", "pHash (imagededup)"
 REMOVED, REVIEW = 2.0, 1.0
 
 
-def recall(images: Path, gallery_size: int, copies: int, seed: int) -> str:
-    """The table of recalls per family of copies; the photographs that are not in the gallery are the distractors."""
+def recall(images: Path, val: int, copies: int, seed: int) -> str:
+    """The table of recalls per family of copies; the photographs that are not among the `val` first are the distractors."""
+    from benchmarks.dedup.peers import Exhaustive, Hashes, imagededup_bits, imagehash_bits  # not everyone has the peers
+
     photos = photographs(images, seed)
-    originals, others = photos[:gallery_size], photos[gallery_size:]
-    gallery = [features.extract(image) for image in originals]
-    ours, exhaustive = Ours(gallery), Exhaustive(gallery)
+    originals, others = photos[:val], photos[val:]
+    reference = [features.extract(image) for image in originals]
+    ours, exhaustive = Ours(reference), Exhaustive(reference)
     hashes, other_hashes = (Hashes(bits, originals) for bits in (imagehash_bits, imagededup_bits))
     tally = Tally(
         {
             OURS: lambda _, picture: ours.scores(picture),
-            UNINDEXED: lambda _, picture: same_rule_without_index(gallery, picture),
+            UNINDEXED: lambda _, picture: same_rule_without_index(reference, picture),
             EXHAUSTIVE: lambda _, picture: exhaustive.scores(picture),
             IMAGEHASH: lambda image, _: hashes.scores(image),
             IMAGEDEDUP: lambda image, _: other_hashes.scores(image),
@@ -120,7 +122,7 @@ def recall(images: Path, gallery_size: int, copies: int, seed: int) -> str:
                 tally.copy(kind, np.ascontiguousarray(family(originals[i], np.random.default_rng([seed, i]))), i)
                 shown.update(1)
     note = (
-        f"{gallery_size} photographs as the gallery, {copies} copies per family, {len(others)} distractors, seed {seed}. "
+        f"{val} photographs as val, {copies} copies per family, {len(others)} distractors, seed {seed}. "
         f"Of the distractors ours removes {tally.removed} and puts {tally.review} up for review. Highest score of a wrong pair: "
         f"exhaustive {tally.wrong[EXHAUSTIVE]:.0f} inliers, {IMAGEHASH} {tally.wrong[IMAGEHASH]:.0f} and "
         f"{IMAGEDEDUP} {tally.wrong[IMAGEDEDUP]:.0f} of 64 bits, ours "
@@ -153,7 +155,7 @@ def logos(images: Path, count: int, seed: int) -> str:
         seen = list(_judged(progress.track(pairs, len(pairs), "pairs", f"logos: {name}")))
         inliers = np.array([n for n, _ in seen])
         outcomes = [outcome for _, outcome in seen]
-        counts = f"{outcomes.count('removed')} | {outcomes.count('review')}"
+        counts = f"{outcomes.count('copy')} | {outcomes.count('review')}"
         lines.append(f"| {name} | {len(pairs):,} | {np.mean(inliers >= 8):.1%} | {inliers.max()} | {counts} |")
     return "\n".join([*lines, "", f"{count} photographs, every pair of them, seed {seed}."])
 

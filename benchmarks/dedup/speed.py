@@ -20,7 +20,7 @@ PART = 250_000  # features entered at a time
 
 
 class Made(NamedTuple):
-    """A gallery of made-up images: row i shows picture i modulo the number of real ones."""
+    """A reference of made-up images: row i shows picture i modulo the number of real ones."""
 
     pictures: list[features.Picture]
 
@@ -49,14 +49,14 @@ def bare(data: list[bytes]) -> None:
 
 
 def measure(images: Path, sizes: list[int], count: int, seed: int) -> str:
-    """A row per gallery size; CPU time of one thread, the least of ROUNDS, the two kinds of work in turn."""
+    """A row per size of the reference; CPU time of one thread, the least of ROUNDS, the two kinds of work in turn."""
     with tarfile.open(images) as archive:
         data = [archive.extractfile(m).read() for m in archive if m.isfile()]  # type: ignore[union-attr]
     half = len(data) // 2
     pictures, queries = [features.extract(decode(encoded)) for encoded in data[:half]], data[half : half + count]
     per_image = round(np.mean([len(picture.features) for picture in pictures]))
     lines = [
-        "| gallery | index entries | index | build | bare | leak check | share | memory | 14 M images |",
+        "| reference | index entries | index | build | bare | leak check | share | memory | 14 M images |",
         "| ---: " * 9 + "|",
     ]
     for size in sizes:
@@ -82,5 +82,5 @@ def measure(images: Path, sizes: list[int], count: int, seed: int) -> str:
             f"| {peak:.1f} GB | {14e6 * most / 3.6e6:.0f} core-hours |"
         )
     return "\n".join(
-        [*lines, "", f"{len(queries)} photographs as the pool, {per_image} features per gallery image, seed {seed}."]
+        [*lines, "", f"{len(queries)} photographs as the pool, {per_image} features per reference image, seed {seed}."]
     )

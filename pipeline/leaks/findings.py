@@ -1,21 +1,22 @@
-"""The format of findings: one row for each image found in another."""
+"""The format of findings: one row for each image found in another, as the search measures it and `dedup` decides on it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FILE = "leaks.parquet"
-
+FILE, FOUND_FILE = "leaks.parquet", "findings.parquet"
 FINDINGS = pa.schema(
     [
         ("row", pa.int64()),  # of the image in its manifest
         ("match", pa.int64()),  # of the image it was found in; null if unverifiable
-        ("outcome", pa.string()),  # removed, review, unverifiable or alike
+        ("outcome", pa.string()),  # copy, review, unverifiable or alike
         ("rule", pa.string()),
         ("inliers", pa.int32()),
         ("mirrored", pa.bool_()),
+        ("negative", pa.bool_()),
         ("transform", pa.list_(pa.float64())),  # 3 x 3, row by row, from the match's coordinates to the image's
         ("zncc", pa.float32()),
         ("local", pa.float32()),
@@ -24,8 +25,48 @@ FINDINGS = pa.schema(
         ("score", pa.float32()),
     ]
 )
+FOUND = pa.schema(
+    [
+        ("relation", pa.string()),  # <set of the image>-<set of its match>; of an unverifiable image its set alone
+        ("id", pa.string()),
+        ("match_id", pa.string()),
+        *FINDINGS,
+    ]
+)
 
 Row = dict[str, Any]
+
+TOO_FEW, UNDECODABLE = "too few features", "cannot be decoded"
+SAME_BYTES = "same bytes"
+ALIKE = {"near": 0.9, "nearer": 0.8}
+"""The correlation of thumbnails from which on an image is a look-alike, by strictness."""
+LEAST_ALIKE = min(ALIKE.values())
+
+
+def unverifiable_row(row: int, reason: str) -> Row:
+    return {"row": row, "outcome": "unverifiable", "rule": reason}
+
+
+def lookalike_row(row: int, match: int, score: float, mirrored: bool) -> Row:
+    measured = {"mirrored": mirrored, "zncc": score, "score": score}
+    return {"row": row, "match": match, "outcome": "alike", "rule": "thumbnails"} | measured
+
+
+def same_bytes_row(row: int, match: int) -> Row:
+    measured = dict.fromkeys(("zncc", "local", "cover_image", "cover_match", "score"), 1.0)
+    return {"row": row, "match": match, "outcome": "copy", "rule": SAME_BYTES, "mirrored": False} | measured
+
+
+def write_found(folder: Path, found: pa.Table, searched: Sequence[str]) -> None:
+    """Write rows of FOUND into the artifact being made at `folder`; `searched`: the relations that were looked for."""
+    table = found.replace_schema_metadata({"searched": " ".join(searched)})
+    pq.write_table(table, folder / FOUND_FILE, compression="zstd")
+
+
+def read_found(folder: Path) -> tuple[pa.Table, set[str]]:
+    """The rows of the artifact `folder`, and the relations that were looked for, with findings or without."""
+    table = pq.read_table(folder / FOUND_FILE)
+    return table, set(table.schema.metadata[b"searched"].decode().split())
 
 
 def write(folder: Path, audit: pa.Table) -> None:
@@ -36,10 +77,3 @@ def write(folder: Path, audit: pa.Table) -> None:
 def read(folder: Path) -> pa.Table:
     """The decided findings of the artifact `folder`."""
     return pq.read_table(folder / FILE)
-
-
-TOO_FEW, UNDECODABLE = "too few features", "cannot be decoded"
-
-
-def unverifiable_row(row: int, reason: str) -> Row:
-    return {"row": row, "outcome": "unverifiable", "rule": reason}

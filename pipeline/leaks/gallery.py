@@ -1,7 +1,7 @@
 """The findings as a page to look at."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.leaks import features, geometry
+from pipeline.leaks.decision import Dedup, kept_by
 from pipeline.leaks.findings import Row
 from pipeline.store import manifest
 from pipeline.store.decode import ImageRefused, decode
@@ -24,7 +25,7 @@ DOUBT = 0.65  # the score about which a finding could be decided either way
 TEMPLATE = Path(__file__).with_name("gallery.html.jinja")
 
 
-def page(audit: pa.Table, sets: Mapping[str, Manifest]) -> str:
+def page(audit: pa.Table, sets: Mapping[str, Manifest], params: Dedup, warnings: Sequence[str]) -> str:
     """An HTML page, complete in itself, with the SHOWN most doubtful findings: images side by side, and what was measured."""
     score = pc.fill_null(pc.abs(pc.subtract(audit["score"], DOUBT)), 2.0)
     shown = audit.append_column("doubt", score).sort_by([(name, "ascending") for name in ("doubt", "relation", "id", "match_id")])
@@ -34,15 +35,16 @@ def page(audit: pa.Table, sets: Mapping[str, Manifest]) -> str:
         shown=f"{min(len(audit), SHOWN):,}",
         findings=f"{len(audit):,}",
         counts=groups.sort_by([("relation", "ascending"), ("outcome", "ascending")]).to_pylist(),
-        figures=(_figure(row, sets) for row in shown.slice(0, SHOWN).to_pylist()),
+        warnings=warnings,
+        figures=(_figure(row, sets, params) for row in shown.slice(0, SHOWN).to_pylist()),
     )
 
 
-def _figure(row: Row, sets: Mapping[str, Manifest]) -> dict[str, str | None]:
+def _figure(row: Row, sets: Mapping[str, Manifest], params: Dedup) -> dict[str, str | None]:
     """What the template shows of a finding."""
-    name, _, gallery = row["relation"].partition("-")
+    name, _, other = row["relation"].partition("-")
     image = _image(row["id"], sets[name])
-    match = _image(row["match_id"], sets[gallery]) if row["match_id"] is not None else None
+    match = _image(row["match_id"], sets[other]) if row["match_id"] is not None else None
     picture = image if image is None or match is None else _pair(image, match, row)
     measured = "" if row["score"] is None else f"correlation {row['zncc']:.2f}"
     if row["inliers"] is not None:
@@ -53,11 +55,21 @@ def _figure(row: Row, sets: Mapping[str, Manifest]) -> dict[str, str | None]:
         "picture": None if picture is None else _webp(picture),
         "outcome": row["outcome"],
         "rule": row["rule"],
-        "word": f"{row['override']} by hand: {row['reason']}" if row["override"] else "stays" if row["kept"] else "goes",
-        "pair": row["id"] + (f" in {row['match_id']}" if match is not None else ""),
+        "word": _word(row, name, params),
+        "pair": row["id"] + (f" in {row['match_id']}" if row["match_id"] is not None else ""),
         "measured": measured,
         "overrule": f'{row["id"]},{opposite},"..."' if name != "val" else None,
     }
+
+
+def _word(row: Row, name: str, params: Dedup) -> str:
+    """What happens to the image, which is another thing than what was found."""
+    if row["override"]:
+        return f"{row['override']} by hand: {row['reason']}"
+    if not row["kept"]:
+        return f"goes from {name}"
+    reason = kept_by(row["relation"], row["outcome"], params)
+    return f"stays in {name} ({reason})" if reason else f"stays in {name}"
 
 
 def _image(image: str, images: Manifest) -> np.ndarray | None:
@@ -76,6 +88,7 @@ def _pair(image: np.ndarray, match: np.ndarray, row: Row) -> np.ndarray:
         return canvas
     shift = np.array([left.shape[1] + GAP, 0.0])
     a, b = features.extract(match), features.extract(image)
+    a = features.negative(a) if row["negative"] else a
     found = geometry.align(a, b, row["mirrored"])
     pairs = np.zeros((0, 2), int) if found is None else found.pairs[:: max(1, found.inliers // LINES)]
     places = a.features.points[pairs[:, 0], :2] * max(right.shape) + shift

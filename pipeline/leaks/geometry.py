@@ -9,15 +9,17 @@ from pipeline.leaks.features import LOOK, Picture, mirrored, resize
 
 
 class Match(NamedTuple):
-    """How the gallery image a lies in the image b.
+    """How the reference image a lies in the image b.
 
     `transform`: (3, 3), a homography from a's coordinates to b's. `inliers`: pairs at distinct places that agree with it.
-    `pairs`: (inliers, 2) keypoint rows of a and b. `mirrored`: whether the transform turns a over.
+    `pairs`: (inliers, 2) keypoint rows of a and b. `mirrored`: whether the transform turns a over. `even`: how evenly the pairs
+    lie that roughly agree, 0..1 (see `_even`).
     """
 
     transform: np.ndarray
     pairs: np.ndarray
     mirrored: bool
+    even: float
 
     @property
     def inliers(self) -> int:
@@ -47,12 +49,12 @@ def align(a: Picture, b: Picture, mirror: bool) -> Match | None:
     if similarity is None:
         return None
     transform, inside = _refine(p, q, similarity)
-    pairs = _distinct(pairs[inside], p[inside], q[inside])
-    if len(pairs) < MIN_INLIERS or not _plausible(transform, a):
+    distinct = _distinct(pairs[inside], p[inside], q[inside])
+    if len(distinct) < MIN_INLIERS or not _plausible(transform, a):
         return None
-    if mirror:
-        transform = transform @ _turn_over(a)
-    return Match(transform, pairs, mirror)
+    rough = _roughly(p, q, transform)
+    even = _even(project(transform, features.points[:, :2]), q[rough, :2], a, b, transform)
+    return Match(transform @ _turn_over(a) if mirror else transform, distinct, mirror, even)
 
 
 def _turn_over(picture: Picture) -> np.ndarray:
@@ -124,6 +126,53 @@ def project(transform: np.ndarray, points: np.ndarray) -> np.ndarray:
     x = np.c_[points, np.ones(len(points))] @ transform.T
     depth = np.where(x[:, 2:] > 1e-9, x[:, 2:], 1e-9)
     return x[:, :2] / depth
+
+
+ROUGH, TURN, GROWTH = 0.1, np.pi / 4, 1.6
+"""Of a pair that agrees roughly: distance from its place in units of the longest side, and difference of angle and of size."""
+GRID, CROWD, CELLS, SPAN = 5, 3, 6, 3
+"""An image has GRID x GRID cells; those with CROWD features of either image count, if there are CELLS. Those that agree must
+reach over SPAN rows and columns: two lines of text do not."""
+
+
+def _roughly(p: np.ndarray, q: np.ndarray, transform: np.ndarray) -> np.ndarray:
+    """(n,) bool: which pairs agree with the transform but for what a bent picture or another place in it explains."""
+    linear = transform[:2, :2] / transform[2, 2]
+    scale = abs(float(np.linalg.det(linear))) ** 0.5
+    angle = np.arctan2(linear[1, 0] - linear[0, 1], linear[0, 0] + linear[1, 1])
+    off = np.hypot(*(project(transform, p[:, :2]) - q[:, :2]).T)
+    turn = np.abs(np.angle(np.exp(1j * (q[:, 3] - p[:, 3] - angle))))
+    growth = np.abs(np.log(q[:, 2] / p[:, 2] / scale))
+    return np.asarray((off < ROUGH * min(scale, 1.0)) & (turn < TURN) & (growth < np.log(GROWTH)))
+
+
+def _even(in_b: np.ndarray, agreeing: np.ndarray, a: Picture, b: Picture, transform: np.ndarray) -> float:
+    """The cells of b that have an agreeing pair, over as many as pairs thrown on the features by chance would reach; 0 where they
+    are few or lie in a strip.
+
+    A layout's features agree in their own cells only, however many there are; those of a copy that is bent, blended, or hidden
+    in part agree all over. `in_b`: (n, 2) all features of a; `agreeing`: (m, 2) places in b.
+    """
+    own = b.features.points[:, :2]
+    back = project(np.linalg.inv(transform), own)
+    inside = ((back > 0) & (back < a.extent)).all(1)
+    crowds = np.minimum(_per_cell(in_b, b.extent), _per_cell(own[inside], b.extent))
+    crowds[crowds < CROWD] = 0
+    if np.count_nonzero(crowds) < CELLS:
+        return 0.0
+    pairs = np.where(crowds > 0, _per_cell(agreeing, b.extent), 0)
+    where = pairs.reshape(GRID, GRID) > 0
+    if min(where.any(0).sum(), where.any(1).sum()) < SPAN:
+        return 0.0
+    expected = (1 - (1 - crowds / crowds.sum()) ** pairs.sum()).sum()
+    return float(min(1.0, np.count_nonzero(pairs) / max(1.0, expected)))
+
+
+def _per_cell(points: np.ndarray, extent: np.ndarray) -> np.ndarray:
+    """(GRID * GRID,) points that lie in each cell of an image."""
+    cell = np.floor(points / extent * GRID)
+    cell = cell[((cell >= 0) & (cell < GRID)).all(1)].astype(int)
+    return np.bincount(cell @ [1, GRID], minlength=GRID * GRID)
 
 
 def _distinct(pairs: np.ndarray, p: np.ndarray, q: np.ndarray) -> np.ndarray:

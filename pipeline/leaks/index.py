@@ -6,15 +6,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.leaks.features import MIRROR, Bag
+from pipeline.leaks.features import MIRROR, Bag, either_polarity
 
 
 class Candidates(NamedTuple):
-    """The shortlist of a batch, (n,) each, sorted by query: rows of the query and the gallery, and whether mirrored."""
+    """The shortlist of a batch, (n,) each, sorted by query: rows of query and reference, whether mirrored, and whether one is
+    the other's negative."""
 
     query: np.ndarray
-    gallery: np.ndarray
+    match: np.ndarray
     mirror: np.ndarray
+    negative: np.ndarray
 
 
 EXACT = 20_000  # up to this many index entries a flat index is fast enough, and misses nothing
@@ -26,33 +28,36 @@ SHORTLIST = 10  # candidates per query image before they must be of one accord
 
 
 class VotingIndex:
-    """One index over the local features of all gallery images; each query feature votes for the images of its nearest neighbours.
+    """One index over the features of all reference images; each query feature votes for the images of its nearest neighbours.
 
-    Every descriptor is entered twice, as it is and mirrored, so that one search finds copies and mirrored copies. Beyond
+    Every descriptor is entered twice, as it is and mirrored, so that one search finds copies and mirrored copies. Entries and
+    queries that negatives would have are turned to those of the positive, so that it finds negatives as well. Beyond
     EXACT entries the index is an inverted file of 4-bit product codes of 64 principal components: 16 bytes and an id
     per entry.
     """
 
-    def __init__(self, index: Any, owner: np.ndarray, points: np.ndarray) -> None:
-        """`owner`: (descriptors,) int32, the gallery row of each; `points`: (descriptors, 4) float16, as in Features.
+    def __init__(self, index: Any, owner: np.ndarray, points: np.ndarray, turned: np.ndarray) -> None:
+        """`owner`: (descriptors,) int32, the reference row of each; `points`: (descriptors, 4) float16, as in Features; `turned`:
+        (2 descriptors,) bool, which entries are those of a negative.
 
         Entry 2 d of the index is descriptor d, entry 2 d + 1 its mirror image.
         """
-        self.index, self.owner, self.points = index, owner, points
+        self.index, self.owner, self.points, self.turned = index, owner, points, turned
 
     @classmethod
     def build(cls, count: int, parts: Iterable[Bag], sample: np.ndarray) -> "VotingIndex":
         """`parts` holds `count` features in all; `sample`, (m, 128) of their descriptors, trains the codes."""
         index = _empty_index(2 * count, sample)
-        owner, points = np.empty(count, np.int32), np.empty((count, 4), np.float16)
+        owner, points, turned = np.empty(count, np.int32), np.empty((count, 4), np.float16), np.empty(2 * count, bool)
         n = 0
         for part in parts:
             both = np.stack([part.descriptors, part.descriptors[:, MIRROR]], 1).reshape(-1, 128)
-            index.add(both.astype(np.float32))
             end = n + len(part.owner)
+            both, turned[2 * n : 2 * end] = either_polarity(both)
+            index.add(both.astype(np.float32))
             owner[n:end], points[n:end] = part.owner, part.points
             n = end
-        return cls(index, owner, points)
+        return cls(index, owner, points, turned)
 
     def save(self, folder: Path) -> None:
         import faiss
@@ -60,6 +65,7 @@ class VotingIndex:
         faiss.write_index(self.index, str(folder / "index.faiss"))
         np.save(folder / "owner.npy", self.owner)
         np.save(folder / "points.npy", self.points)
+        np.save(folder / "turned.npy", self.turned)
 
     @classmethod
     def load(cls, folder: Path) -> "VotingIndex":
@@ -67,38 +73,41 @@ class VotingIndex:
 
         faiss.omp_set_num_threads(1)
         index = faiss.read_index(str(folder / "index.faiss"))
-        return cls(index, np.load(folder / "owner.npy"), np.load(folder / "points.npy"))
+        return cls(index, *(np.load(folder / f"{name}.npy") for name in ("owner", "points", "turned")))
 
     def shortlist(self, queries: Bag, exclude: np.ndarray | None = None) -> Candidates:
-        """The gallery images that the queries share features with, at most SHORTLIST each, the likeliest first.
+        """The reference images that the queries share features with, at most SHORTLIST each, the likeliest first.
 
-        `exclude`: the gallery row that each query row shall not find (itself), where queries and gallery are the same images.
+        `exclude`: the reference row that each query row shall not find (itself), where queries and reference are the same images.
         """
         votes = self._votes(queries)
         if exclude is not None:
-            votes = votes.where(exclude[votes.query] != votes.gallery)
+            votes = votes.where(exclude[votes.query] != votes.match)
         votes = votes.where(_likeliest(votes))
         return _of_one_accord(votes, queries.points, self.points)
 
     def _votes(self, queries: Bag) -> "_Votes":
         if not len(queries.owner) or not len(self.owner):
             none = np.zeros(0, np.int64)
-            return _Votes(none, none, none, none, none, np.zeros(0, np.float32))
-        distance, entry = self.index.search(queries.descriptors.astype(np.float32), NEIGHBOURS + 1)
+            return _Votes(none, none, none, none, none, none, np.zeros(0, np.float32))
+        descriptors, turned = either_polarity(queries.descriptors)
+        distance, entry = self.index.search(descriptors.astype(np.float32), NEIGHBOURS + 1)
         weight = np.maximum(distance[:, -1:] - distance[:, :-1], 0)  # a neighbour no nearer than the others says nothing
         weight /= np.maximum(weight[:, :1], 1e-6)
         feature, rank = np.nonzero(entry[:, :-1] >= 0)
         entry = entry[feature, rank]
-        query, gallery = queries.owner[feature].astype(np.int64), self.owner[entry >> 1].astype(np.int64)
-        return _Votes(query, gallery, entry & 1, feature, entry >> 1, weight[feature, rank])
+        query, match = queries.owner[feature].astype(np.int64), self.owner[entry >> 1].astype(np.int64)
+        negative = (turned[feature] != self.turned[entry]).astype(np.int64)
+        return _Votes(query, match, entry & 1, negative, feature, entry >> 1, weight[feature, rank])
 
 
 class _Votes(NamedTuple):
-    """One row per vote: image rows of query and gallery, whether mirrored, feature rows of query and gallery, weight."""
+    """One row per vote: image rows of query and reference, whether mirrored, whether a negative, feature rows of both, weight."""
 
     query: np.ndarray
-    gallery: np.ndarray
+    match: np.ndarray
     mirror: np.ndarray
+    negative: np.ndarray
     feature: np.ndarray
     voted: np.ndarray
     weight: np.ndarray
@@ -107,8 +116,8 @@ class _Votes(NamedTuple):
         return _Votes(*(column[kept] for column in self))
 
     def pair(self) -> np.ndarray:
-        """(n,) int64, one number for each (query, gallery, mirror)."""
-        return (self.query * (int(self.gallery.max(initial=0)) + 1) + self.gallery) * 2 + self.mirror
+        """(n,) int64, one number for each (query, match, mirror, negative)."""
+        return (self.query * (int(self.match.max(initial=0)) + 1) + self.match) * 4 + 2 * self.mirror + self.negative
 
 
 def _empty_index(entries: int, sample: np.ndarray) -> Any:
@@ -148,16 +157,16 @@ def _likeliest(votes: _Votes) -> np.ndarray:
     ranked = np.lexsort((enough, -weight[enough], query))
     place = np.arange(len(ranked)) - np.searchsorted(query[ranked], query[ranked])
     chosen = enough[ranked[place < SHORTLIST]]
-    return order[_ranges(start[chosen], count[chosen])]
+    return order[ranges(start[chosen], count[chosen])]
 
 
-def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+def ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     """start[0], start[0] + 1, ... (count[0] of them), start[1], ..."""
     ends = np.cumsum(count)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start - (ends - count), count)
 
 
-def _of_one_accord(votes: _Votes, query_points: np.ndarray, gallery_points: np.ndarray) -> Candidates:
+def _of_one_accord(votes: _Votes, query_points: np.ndarray, reference_points: np.ndarray) -> Candidates:
     """The candidates with VOTES votes that one similarity explains.
 
     Every vote proposes the similarity of its two keypoints, as in `align`; this throws out nearly all candidates that
@@ -166,16 +175,16 @@ def _of_one_accord(votes: _Votes, query_points: np.ndarray, gallery_points: np.n
     pair = votes.pair()
     start = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]]) if len(pair) else np.zeros(0, np.int64)
     count = np.diff(np.r_[start, len(pair)])
-    p, q = gallery_points[votes.voted].astype(np.float64), query_points[votes.feature].astype(np.float64)
+    p, q = reference_points[votes.voted].astype(np.float64), query_points[votes.feature].astype(np.float64)
     flip = np.where(votes.mirror, -1.0, 1.0)  # mirrored about x = 0: the shift makes up for the width
     zp, zq = flip * p[:, 0] + 1j * p[:, 1], q[:, 0] + 1j * q[:, 1]
-    angle = np.where(votes.mirror, np.pi - p[:, 3], p[:, 3])
+    angle = np.where(votes.mirror, np.pi - p[:, 3], p[:, 3]) + np.pi * votes.negative
     scale = q[:, 2] / p[:, 2]
     turn = scale * np.exp(1j * (q[:, 3] - angle))
     i = np.repeat(np.arange(len(pair)), np.repeat(count, count))
-    j = _ranges(np.repeat(start, count), np.repeat(count, count))
+    j = ranges(np.repeat(start, count), np.repeat(count, count))
     off = np.abs(turn[i] * (zp[j] - zp[i]) - (zq[j] - zq[i]))
     support = np.bincount(i, off < ACCORD * np.minimum(scale, 1)[i], len(pair))
     best = np.maximum.reduceat(support, start) if len(start) else np.zeros(0)
     kept = start[best >= VOTES]
-    return Candidates(votes.query[kept], votes.gallery[kept], votes.mirror[kept].astype(bool))
+    return Candidates(votes.query[kept], votes.match[kept], votes.mirror[kept] > 0, votes.negative[kept] > 0)

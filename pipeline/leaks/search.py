@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -16,64 +17,124 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from pipeline.harness import progress, shards
 from pipeline.harness.machine import Machine
 from pipeline.leaks import features, geometry, index, verdict
-from pipeline.leaks.findings import FINDINGS, TOO_FEW, UNDECODABLE, Row, unverifiable_row
+from pipeline.leaks.findings import (
+    FINDINGS,
+    FOUND,
+    LEAST_ALIKE,
+    TOO_FEW,
+    UNDECODABLE,
+    Row,
+    lookalike_row,
+    same_bytes_row,
+    unverifiable_row,
+)
 from pipeline.leaks.index import VotingIndex
 from pipeline.leaks.verdict import Likeness, Verdict
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import ImageRefused, decode
 from pipeline.store.manifest import Manifest
+from pipeline.store.params import Section
 
 SHARD = 1024  # images; a killed run loses the shards in work, and memory does not grow with the pool
 BATCH = 32  # images whose features are searched for at once
-TRAIN_SHARDS = 64  # at most so many gallery shards, evenly spread, train the index
+TRAIN_SHARDS = 64  # at most so many shards of the reference, evenly spread, train the index
 
 
-class Search:
-    """The images of one set found in another, shard by shard, by worker processes; finished shards stay in `scratch`."""
+class Search(Section):
+    """What the leak check looks for; what happens to what it finds is the section `dedup`."""
 
-    def __init__(self, sets: Mapping[str, Manifest], scratch: Path, machine: Machine) -> None:
-        self.sets, self.scratch, self.machine = sets, scratch.absolute(), machine
+    train: bool = True
+    """Look for copies of labelled images, and among them. Without it the index holds val and holdout alone: it takes 24 bytes an
+    entry, about 600 entries an image, in every worker process."""
+    duplicates: bool = False
+    """Look for copies within the pool, which `dedup.duplicates: collapse` needs. It indexes the pool, so it is for pools of up to
+    some hundred thousand images."""
+
+
+class Reference(NamedTuple):
+    """The images that others are compared with: val, then holdout, then train, one after another."""
+
+    images: Manifest
+    names: np.ndarray  # (images,) str: the set of each row
+
+    @classmethod
+    def of(cls, sets: Mapping[str, Manifest]) -> "Reference":
+        table = pa.concat_tables([images.table for images in sets.values()]).unify_dictionaries().combine_chunks()
+        return cls(Manifest(table, ()), np.repeat(np.array(list(sets)), [len(images) for images in sets.values()]))
+
+
+def search(pool: Manifest, reference: Mapping[str, Manifest], duplicates: bool, workdir: Path, machine: Machine) -> pa.Table:
+    """All that `dedup` decides on, as rows of FOUND: pool images in the reference, reference images in each other, images that
+    nothing can be compared with, and pool images that look like one of `val`, sorted.
+
+    `reference`: val, holdout and train by name, in this order, or some of them. Of two of its sets, or of two images of one, the
+    later is the one that was found in the earlier. `duplicates`: pool images in each other, too.
+    """
+    known = Reference.of(reference)
+    work = Searcher({"pool": pool, "reference": known.images}, workdir, machine)
+    if duplicates:
+        work.describe("pool")
+    names = {"pool": np.repeat("pool", len(pool)), "reference": known.names}
+    pairs = [("pool", "reference"), ("reference", "reference"), *([("pool", "pool")] if duplicates else [])]
+    found = [_named(work.find(name, other, len(reference["val"])), work.sets, names, name, other) for name, other in pairs]
+    return pa.concat_tables(found).sort_by([(name, "ascending") for name in ("relation", "id", "match_id", "outcome")])
+
+
+def _named(found: pa.Table, sets: Mapping[str, Manifest], names: Mapping[str, np.ndarray], name: str, other: str) -> pa.Table:
+    """The findings as rows of FOUND."""
+    of = names[name][found["row"].to_numpy()]
+    matched = pc.is_valid(found["match"]).to_numpy()
+    match = np.full(len(found), "", object)
+    match[matched] = names[other][found["match"].drop_null().to_numpy()]
+    relation = [f"{a}-{b}" if b else str(a) for a, b in zip(of, match, strict=True)]
+    columns = {
+        "relation": pa.array(relation, pa.string()),
+        "id": sets[name].table["id"].take(found["row"]),
+        "match_id": sets[other].table["id"].take(found["match"]),
+    }
+    return pa.table(columns | {c: found[c] for c in FINDINGS.names}).cast(FOUND)
+
+
+class Searcher:
+    """The images of one set found in another, shard by shard, by worker processes; finished shards stay in `workdir`."""
+
+    def __init__(self, sets: Mapping[str, Manifest], workdir: Path, machine: Machine) -> None:
+        self.sets, self.workdir, self.machine = sets, workdir.absolute(), machine
 
     def describe(self, name: str) -> Path:
         """Features and small grey copies of a whole set, kept in its folder."""
-        folder = self.scratch / name
-        self._run(describe_shard, name, folder, ".safetensors", f"dedup: features of {name}")
+        folder = self.workdir / name
+        self._run(describe_shard, name, folder, ".safetensors", f"search: features of {name}")
         return folder
 
-    def find(self, name: str, gallery: str, alike: float | None = None) -> pa.Table:
-        """Findings, as in FINDINGS, of the images of `name` that are copies of images of `gallery`, with ids and the relation.
+    def find(self, name: str, reference: str, lookalikes: int = 0) -> pa.Table:
+        """Findings, as in FINDINGS, of the images of `name` that are copies of images of `reference`; of a set in itself, each
+        pair once.
 
-        `alike`: the correlation of thumbnails from which on an image is found as a look-alike; None does not look for them.
+        `lookalikes`: so many images of the reference, the first, are also compared as thumbnails; not of a set in itself.
         """
-        described = self.describe(gallery)
+        described, count, itself = self.describe(reference), len(self.sets[reference]), name == reference
         if not (described / "index").exists():
-            _build_index(Store(described, len(self.sets[gallery])), described / "index")
-        folder = self.scratch / f"{name}-{gallery}"
+            _build_index(Pictures(described, count), described / "index")
+        folder = self.workdir / f"{name}-{reference}"
         work = functools.partial(
-            match_shard, gallery=described, count=len(self.sets[gallery]), itself=name == gallery, alike=alike
+            match_shard, reference=described, count=count, itself=itself, lookalikes=0 if itself else lookalikes
         )
-        files = self._run(work, name, folder, ".parquet", f"dedup: {name} against {gallery}")
+        files = self._run(work, name, folder, ".parquet", f"search: {name} against {reference}")
         found = pa.concat_tables([FINDINGS.empty_table(), *(pq.read_table(file, schema=FINDINGS) for file in files)])
-        return self._named(found, f"{name}-{gallery}", name, gallery)
-
-    def unverifiable(self, name: str) -> pa.Table:
-        """Findings for images of a described set that nothing can be compared with: their copies would go unseen."""
-        rows = [unverifiable_row(row, reason) for row, reason in Store(self.scratch / name, len(self.sets[name])).unverifiable()]
-        return self._named(pa.Table.from_pylist(rows, FINDINGS), name, name, name)
-
-    def _named(self, found: pa.Table, relation: str, name: str, gallery: str) -> pa.Table:
-        found = found.sort_by([("row", "ascending"), ("match", "ascending")])
-        columns = {
-            "relation": pa.array([relation] * len(found), pa.string()),
-            "id": self.sets[name].table["id"].take(found["row"]),
-            "match_id": self.sets[gallery].table["id"].take(found["match"]),
-        }
-        return pa.table(columns | {c: found[c] for c in FINDINGS.names})
+        same = same_bytes(self.sets[name], self.sets[reference], itself)
+        seen, alike = ({(row["row"], row["match"]) for row in same}, {row["row"] for row in same})
+        pairs = zip(found["row"].to_pylist(), found["match"].to_pylist(), found["outcome"].to_pylist(), strict=True)
+        rest = [
+            (row, match) not in seen and not (outcome == "unverifiable" and row in alike) and not (itself and (match or -1) > row)
+            for row, match, outcome in pairs
+        ]
+        return pa.concat_tables([found.filter(pa.array(rest, pa.bool_())), pa.Table.from_pylist(same, FINDINGS)])
 
     def _run(self, work: "Callable[[Shard], int]", name: str, folder: Path, suffix: str, label: str) -> list[Path]:
         """Do the shards of a set whose file is not there yet; returns all files, in order of the images."""
         folder.mkdir(parents=True, exist_ok=True)
-        images, stored = self.sets[name], self.scratch / name if suffix == ".parquet" else None
+        images, stored = self.sets[name], self.workdir / name if suffix == ".parquet" else None
         starts = range(0, len(images), SHARD)
         files = [folder / f"{first // SHARD:06}{suffix}" for first in starts]
         missing = [(first, file) for first, file in zip(starts, files, strict=True) if not file.exists()]
@@ -89,10 +150,30 @@ class Search:
         return files
 
 
+def same_bytes(images: Manifest, reference: Manifest, itself: bool) -> list[Row]:
+    """Copies byte for byte, whatever features they have, at most SHORTLIST for each image; of a set in itself, each pair once."""
+    keys, known = (_crc_and_size(table) for table in (images.table, reference.table))
+    order = np.argsort(known, kind="stable")
+    first, last = (np.searchsorted(known[order], keys, side) for side in ("left", "right"))
+    if itself:
+        last = np.minimum(last, np.argsort(order))  # those before it
+    count = np.minimum(last - first, index.SHORTLIST)
+    rows, matches = np.repeat(np.arange(len(keys)), count), order[index.ranges(first, count)]
+    pairs = zip(manifest.image_bytes(images, rows), manifest.image_bytes(reference, matches), strict=True)
+    equal = [a == b for a, b in pairs]
+    return [same_bytes_row(row, match) for row, match, same in zip(rows.tolist(), matches.tolist(), equal, strict=True) if same]
+
+
+def _crc_and_size(table: pa.Table) -> np.ndarray:
+    """(images,) uint64, equal for equal bytes."""
+    crc, size = (table[name].to_numpy().astype(np.uint64) for name in ("crc32", "size"))
+    return np.asarray(crc << np.uint64(32) | size)
+
+
 class Shard(NamedTuple):
     """A piece of work for a process: a slice of a manifest in Arrow's IPC format, the row it starts at, the file to write.
 
-    `stored`: the folder of a Store that already has the features of the set.
+    `stored`: the folder of the Pictures of the set, where it was described.
     """
 
     images: bytes
@@ -114,14 +195,14 @@ def _unpack(data: bytes) -> Manifest:
     return Manifest(pa.ipc.open_stream(data).read_all().cast(manifest.SCHEMA), ())
 
 
-class Gallery(Protocol):
+class ByRow(Protocol):
     """Pictures by row; None where the image could not be decoded."""
 
     def __getitem__(self, row: int) -> features.Picture | None: ...
 
 
-class Store:
-    """Pictures of `count` images on disk, read one by one: `store[row]`; None where the image could not be decoded."""
+class Pictures:
+    """What is kept of `count` images, on disk, read one by one: `pictures[row]`; None where the image could not be decoded."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
@@ -132,9 +213,11 @@ class Store:
         i = row % SHARD
         if not shapes[i].all():
             return None
-        points, descriptors = (file.get_slice(name)[starts[i] : starts[i + 1]] for name in ("points", "descriptors"))
+        own = features.NO_FEATURES  # safetensors refuses an empty slice at the end
+        if starts[i] < starts[i + 1]:
+            own = features.Features(*(file.get_slice(name)[starts[i] : starts[i + 1]] for name in ("points", "descriptors")))
         grey = file.get_slice("grey")[pixels[i] : pixels[i + 1]].reshape(shapes[i])
-        return features.Picture(features.Features(points, descriptors), grey, extents[i])
+        return features.Picture(own, grey, extents[i])
 
     def _open(self, shard: int) -> tuple[Any, list[int], list[int], np.ndarray, np.ndarray]:
         file = safe_open(self.folder / f"{shard:06}.safetensors", framework="numpy")
@@ -155,14 +238,6 @@ class Store:
         """How many there are in all."""
         return sum(self._shard(shard)[1][-1] for shard in self.shards())
 
-    def unverifiable(self) -> Iterator[tuple[int, str]]:
-        """Rows, with the reason."""
-        for shard in self.shards():
-            _, starts, _, shapes, _ = self._shard(shard)
-            for i, count in enumerate(np.diff(starts)):
-                if count < features.VERIFIABLE:
-                    yield shard * SHARD + i, TOO_FEW if shapes[i].all() else UNDECODABLE
-
 
 _one_thread = threadpool_limits.wrap(limits=1)
 """The processes share out the cores; and threads that wait for each other on a busy machine cost more than they bring."""
@@ -170,7 +245,7 @@ _one_thread = threadpool_limits.wrap(limits=1)
 
 @_one_thread
 def describe_shard(shard: Shard) -> int:
-    """Write the Pictures of a shard as a file of a Store; returns the number of images."""
+    """Write the Pictures of a shard as a file of Pictures; returns the number of images."""
     pictures = list(_pictures(shard))
     nothing = features.Picture(features.NO_FEATURES, np.zeros((0, 0), np.uint8), np.ones(2, np.float32))
     whole = [picture or nothing for picture in pictures]
@@ -191,8 +266,8 @@ def describe_shard(shard: Shard) -> int:
 def _pictures(shard: Shard) -> Iterator[features.Picture | None]:
     images = _unpack(shard.images)
     if shard.stored is not None:
-        store = Store(shard.stored, shard.first + len(images))
-        yield from (store[shard.first + i] for i in range(len(images)))
+        described = Pictures(shard.stored, shard.first + len(images))
+        yield from (described[shard.first + i] for i in range(len(images)))
         return
     for data in manifest.image_bytes(images, range(len(images))):
         try:
@@ -202,27 +277,27 @@ def _pictures(shard: Shard) -> Iterator[features.Picture | None]:
 
 
 @_one_thread
-def _build_index(store: Store, out: Path) -> None:
-    shards = store.shards()
+def _build_index(described: Pictures, out: Path) -> None:
+    shards = described.shards()
     spread = list(shards)[:: max(1, len(shards) // TRAIN_SHARDS)]
-    sample = np.concatenate([np.zeros((0, 128), np.uint8), *(store.bag(shard).descriptors for shard in spread)])
-    index = VotingIndex.build(store.features(), map(store.bag, shards), sample)
+    sample = np.concatenate([np.zeros((0, 128), np.uint8), *(described.bag(shard).descriptors for shard in spread)])
+    index = VotingIndex.build(described.features(), map(described.bag, shards), sample)
     with artifact.writing(out) as tmp:
         index.save(tmp)
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(gallery: Path, count: int) -> tuple[VotingIndex, Store]:
-    return VotingIndex.load(gallery / "index"), Store(gallery, count)
+def _opened(reference: Path, count: int, lookalikes: int) -> tuple[VotingIndex, Pictures, "LookAlikes"]:
+    pictures = Pictures(reference, count)
+    return VotingIndex.load(reference / "index"), pictures, LookAlikes.of(pictures, lookalikes)
 
 
 @_one_thread
-def match_shard(shard: Shard, gallery: Path, count: int, itself: bool, alike: float | None) -> int:
-    """Write the findings of a shard against a described gallery of `count` images; returns the number of images."""
-    index, store = _opened(gallery, count)
+def match_shard(shard: Shard, reference: Path, count: int, itself: bool, lookalikes: int) -> int:
+    """Write the findings of a shard against a described reference of `count` images; returns the number of images."""
+    index, pictures, look_alikes = _opened(reference, count, lookalikes)
     images = len(_unpack(shard.images))
-    look_alikes = LookAlikes(_thumbnails(gallery, count), alike) if alike is not None else None
-    rows = findings(_pictures(shard), index, store, shard.first, itself, look_alikes)
+    rows = findings(_pictures(shard), index, pictures, shard.first, itself, look_alikes)
     with artifact.writing_file(shard.file) as tmp:
         pq.write_table(pa.Table.from_pylist(rows, FINDINGS), tmp)
     return images
@@ -231,57 +306,59 @@ def match_shard(shard: Shard, gallery: Path, count: int, itself: bool, alike: fl
 def findings(
     pictures: Iterator[features.Picture | None],
     index: VotingIndex,
-    gallery: Gallery,
+    reference: ByRow,
     first: int = 0,
     itself: bool = False,
     look_alikes: "LookAlikes | None" = None,
 ) -> list[Row]:
-    """The images that are copies of gallery images, and those that cannot be checked, as rows of FINDINGS.
+    """The images that are copies of reference images, and those that cannot be checked, as rows of FINDINGS.
 
-    `first`: the row of the first image; `itself`: the gallery is the set that the images are from, so none shall find itself.
+    `first`: the row of the first image; `itself`: the reference is the set that the images are from, so none shall find itself.
     """
     rows: list[Row] = []
     for batch in _batches(pictures):
         queries = features.bag([picture.features if picture else features.NO_FEATURES for picture in batch])
         candidates = index.shortlist(queries, np.arange(first, first + len(batch)) if itself else None)
-        found = verified(batch, candidates, gallery)
-        removed = {row["row"] for row in found if row["outcome"] == "removed"}
+        found = verified(batch, candidates, reference)
         for i, picture in enumerate(batch):
-            if (picture is None or len(picture.features) < features.VERIFIABLE) and i not in removed:
+            if picture is None or len(picture.features) < features.VERIFIABLE:
                 found.append(unverifiable_row(i, UNDECODABLE if picture is None else TOO_FEW))
-            if picture is not None and look_alikes is not None and i not in removed:
-                found += look_alikes.of(i, picture)
+        found += look_alikes.among(batch) if look_alikes else []
         rows += [row | {"row": first + row["row"]} for row in found]
         first += len(batch)
     return rows
 
 
 class LookAlikes(NamedTuple):
-    """Gallery images that correlate with an image by `least` or more.
+    """Reference images as thumbnails.
 
-    `thumbnails`: (256, 2 n) float32, of n gallery images, each followed by its mirror image.
+    `even`, `odd`: (256, n) float32 each, the halves of a thumbnail that mirroring keeps and turns over: the correlation with an
+    image is the sum of the two products, that with its mirror image their difference.
     """
 
-    thumbnails: np.ndarray
-    least: float
+    even: np.ndarray
+    odd: np.ndarray
 
-    def of(self, row: int, picture: features.Picture) -> list[Row]:
-        """The most alike gallery image, if it is alike enough."""
-        alike = features.thumbnail(picture) @ self.thumbnails
-        best = int(alike.argmax()) if len(alike) else 0
-        if not len(alike) or alike[best] < self.least:
+    @classmethod
+    def of(cls, reference: ByRow, count: int) -> "LookAlikes":
+        """Of the first `count` images."""
+        both = np.zeros((2, count, features.THUMBNAIL**2), np.float32)
+        for row in range(count):
+            if picture := reference[row]:
+                both[:, row] = features.thumbnail(picture), features.thumbnail(picture, mirror=True)
+        return cls(*(np.ascontiguousarray(half.T) for half in ((both[0] + both[1]) / 2, (both[0] - both[1]) / 2)))
+
+    def among(self, batch: Sequence[features.Picture | None]) -> list[Row]:
+        """For each image of the batch the most alike reference image, if it is at all alike (LEAST_ALIKE)."""
+        there = [i for i, picture in enumerate(batch) if picture is not None]
+        if not there or not self.even.size:
             return []
-        score = float(alike[best])
-        measured = {"mirrored": best % 2 == 1, "zncc": score, "score": score}
-        return [{"row": row, "match": best // 2, "outcome": "alike", "rule": "thumbnails"} | measured]
-
-
-@functools.lru_cache(maxsize=1)
-def _thumbnails(gallery: Path, count: int) -> np.ndarray:
-    store = Store(gallery, count)
-    blank = np.zeros(features.THUMBNAIL**2, np.float32)
-    both = [features.thumbnail(p, mirror) if (p := store[row]) else blank for row in range(count) for mirror in (False, True)]
-    return np.array(both, np.float32).reshape(-1, features.THUMBNAIL**2).T.copy()
+        images = np.stack([features.thumbnail(batch[i]) for i in there])  # type: ignore[arg-type]
+        odd = images @ self.odd
+        alike = images @ self.even + np.abs(odd)
+        best = alike.argmax(1)
+        rows = zip(there, best.tolist(), alike.max(1).tolist(), (odd[np.arange(len(best)), best] < 0).tolist(), strict=True)
+        return [lookalike_row(*row) for row in rows if row[2] >= LEAST_ALIKE]
 
 
 def _batches(pictures: Iterator[features.Picture | None]) -> Iterator[list[features.Picture | None]]:
@@ -289,15 +366,15 @@ def _batches(pictures: Iterator[features.Picture | None]) -> Iterator[list[featu
         yield batch
 
 
-def verified(batch: Sequence[features.Picture | None], candidates: index.Candidates, gallery: Gallery) -> list[Row]:
-    """A row per pair of a query of the batch and a gallery image that is more than chance."""
+def verified(batch: Sequence[features.Picture | None], candidates: index.Candidates, reference: ByRow) -> list[Row]:
+    """A row per pair of a query of the batch and a reference image that is more than chance."""
     found: dict[tuple[int, int], Row] = {}
-    for query, row, mirror in zip(*(column.tolist() for column in candidates), strict=True):
-        a, b = gallery[row], batch[query]
-        seen = verdict.examine(a, b, mirror) if a and b else None
+    for query, row, mirror, negative in zip(*(column.tolist() for column in candidates), strict=True):
+        a, b = reference[row], batch[query]
+        seen = verdict.examine(features.negative(a) if negative else a, b, mirror) if a and b else None
         if seen and seen[2].outcome:
-            new = _row(query, row, *seen)
-            found[query, row] = max(new, found.get((query, row), new), key=lambda r: (r["outcome"] == "removed", r["score"]))
+            new = _row(query, row, *seen) | {"negative": negative}
+            found[query, row] = max(new, found.get((query, row), new), key=lambda r: (r["outcome"] == "copy", r["score"]))
     return list(found.values())
 
 

@@ -9,9 +9,10 @@ import cv2
 import numpy as np
 
 from pipeline.leaks.features import LOOK, Picture, resize
+from pipeline.leaks.findings import SAME_BYTES
 from pipeline.leaks.geometry import Match, align, area, corners, project, register, to_units
 
-Outcome = Literal["removed", "review", "unverifiable"]
+Outcome = Literal["copy", "review"]
 
 
 class Likeness(NamedTuple):
@@ -126,10 +127,13 @@ def _share(mask: np.ndarray, textured: np.ndarray, agrees: np.ndarray) -> float:
     return float(agrees.sum() / windows) if windows and windows >= WOVEN * mask.sum() else 0.0
 
 
-SMALL = 64
+SMALL_DETAIL = 64
 """Originals up to this many pixels have few independent keypoints and little detail: the rules for them ask for more."""
 ENOUGH_OVERLAP = 0.5
-SMALL_SAME_PIXELS = "small, same pixels"
+SAME_PIXELS, SMALL, SMALL_SAME_PIXELS = "same pixels", "small", "small, same pixels"
+WHOLE_RULES = (SAME_BYTES, SAME_PIXELS, SMALL, SMALL_SAME_PIXELS)
+"""The rules that allow no part of the picture to disagree. By the others only the layout may be copied: `dedup` looks whether an
+image matches different photographs."""
 
 
 class Verdict(NamedTuple):
@@ -139,25 +143,27 @@ class Verdict(NamedTuple):
     rule: str
 
 
-def judge(inliers: int, likeness: Likeness, detail: int) -> Verdict:
+def judge(match: Match, likeness: Likeness, detail: int) -> Verdict:
     """Decide on a pair by the measured rules of docs/dedup.md; `detail` is that of the less detailed image."""
     zncc, local, half, texture, *covers = likeness
-    overlap = max(covers)
-    if detail <= SMALL:
+    inliers, overlap = match.inliers, max(covers)
+    if detail <= SMALL_DETAIL:
         if inliers >= 6 and zncc >= 0.97 and local >= 0.95 and texture >= 0.5 and overlap >= 0.85 and min(covers) >= 0.3:
-            return Verdict("removed", SMALL_SAME_PIXELS)
+            return Verdict("copy", SMALL_SAME_PIXELS)
         if inliers >= 12 and zncc >= 0.8 and local >= 0.8 and overlap >= 0.6:
-            return Verdict("removed", "small")
+            return Verdict("copy", SMALL)
     elif overlap >= ENOUGH_OVERLAP:
         if inliers >= 4 and zncc >= 0.9 and local >= 0.8:
-            return Verdict("removed", "same pixels")
+            return Verdict("copy", SAME_PIXELS if local >= 0.97 else "most pixels")
         if inliers >= 8 and zncc >= 0.5 and local >= 0.85:
-            return Verdict("removed", "same texture")
+            return Verdict("copy", "same texture")
         if inliers >= 20 and local >= 0.6:
-            return Verdict("removed", "partly covered")
+            return Verdict("copy", "partly covered")
         if inliers >= 12 and half >= 0.9 and overlap >= 0.8:
-            return Verdict("removed", "half covered")
-    if inliers >= 16 or (inliers >= 8 and local >= 0.4):
+            return Verdict("copy", "half covered")
+        if inliers >= 16 and match.even >= 0.65 and local >= 0.25:
+            return Verdict("copy", "features everywhere")
+    if inliers >= 16 or (inliers >= 8 and (local >= 0.4 or detail > SMALL_DETAIL)):
         return Verdict("review", "shared features")
     return Verdict(None, "")
 
@@ -172,10 +178,10 @@ def examine(a: Picture, b: Picture, mirror: bool) -> tuple[Match, Likeness, Verd
         return None
     likeness = compare(a, b, match.transform)
     detail = min(a.detail, b.detail)
-    verdict = judge(match.inliers, likeness, detail)
-    if verdict.outcome != "removed" and detail <= SMALL and likeness.zncc >= 0.5:
+    verdict = judge(match, likeness, detail)
+    if verdict.outcome != "copy" and detail <= SMALL_DETAIL and likeness.zncc >= 0.5:
         registered = register(a, b, match.transform)
         again = likeness if registered is None else compare(a, b, registered)
-        if registered is not None and judge(match.inliers, again, detail).rule == SMALL_SAME_PIXELS:
-            return match._replace(transform=registered), again, Verdict("removed", SMALL_SAME_PIXELS)
+        if registered is not None and judge(match, again, detail).rule == SMALL_SAME_PIXELS:
+            return match._replace(transform=registered), again, Verdict("copy", SMALL_SAME_PIXELS)
     return match, likeness, verdict

@@ -26,7 +26,8 @@ SHOWN_ITEMS = 6
 WORK = {
     "draw": "Winnow draws the built-in images, so that it runs on a machine without any.",
     "prepare": "Every image is indexed and checked; what cannot be read goes to quarantine with a reason.",
-    "dedup": "Pool images that SIFT matches to a validation image are removed: they would leak the test.",
+    "search": "Copies of validation, held-out and labelled images are looked for in the pool, and among these images.",
+    "dedup": "Pool images that are copies of them are removed: they would leak the test.",
     "pretrain": "A network learns from images alone, contrastively.",
     "teach": "A network learns from labels: a teacher, or the baseline.",
     "score": "The teacher scores each image that is left in the pool.",
@@ -73,6 +74,7 @@ def render(title: str, baseline: str, entries: Sequence[Entry], notes: Sequence[
         curves=svg_of(draw_curves, entries) if any(checks_of(e) for e in entries) else None,
         heat=_heat(entries),
         classes=len(entries[0].evaluation.val.per_class),
+        leaks=leaks_of(data),
         mlflow=MLFLOW,
         gallery=Path(os.path.relpath(gallery, out)).as_posix() if gallery.exists() else None,
     )
@@ -80,6 +82,12 @@ def render(title: str, baseline: str, entries: Sequence[Entry], notes: Sequence[
 
 def gallery_of(data: Path) -> Path:
     return data / "dedup" / "gallery" / "index.html"
+
+
+def leaks_of(data: Path) -> list[str]:
+    """What `dedup` has to say about copies of images that measure among those that models learn from; empty if nothing."""
+    file = data / "dedup" / "metrics.json"
+    return (json.loads(file.read_text()).get("warnings") if file.is_file() else None) or []
 
 
 class Step(NamedTuple):

@@ -12,7 +12,7 @@ from pipeline.harness import stage
 from pipeline.report import comparison
 from pipeline.report.comparison import difference_of
 from pipeline.report.entries import against, read_entry, with_agreement
-from pipeline.report.page import MLFLOW, gallery_of, render
+from pipeline.report.page import MLFLOW, gallery_of, leaks_of, render
 from pipeline.report.table import as_csv, as_markdown, footnotes, print_table
 from pipeline.store import artifact
 from pipeline.store.params import Names, Section
@@ -44,6 +44,7 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
         comparison.write(tmp, comparison.of_entries(params.title, params.baseline, compared))
         (tmp / "report.html").write_text(render(params.title, params.baseline, compared, notes, evaluations.parent, out))
     print_table(params.title, compared)
+    _say_leaks(evaluations.parent)
     return {
         e.name: {"top1": e.evaluation.val.top1, "holdout_top1": e.evaluation.holdout.top1, **difference_of(e)} for e in compared
     }
@@ -53,10 +54,16 @@ def show(out: Path) -> None:
     """Print the table of the artifact `out`, and where to look next. Raises UserError if there is none."""
     saved = comparison.read(out)
     print_table(saved.title, comparison.entries_of(saved))
+    _say_leaks(out.parents[1])
     gallery = gallery_of(out.parents[1])
     sys.stderr.write(f"\nreport   {out / 'report.html'}\n")
     sys.stderr.write(f"gallery  {gallery}: what was removed from the pool, and why\n" if gallery.exists() else "")
     sys.stderr.write(f"runs     {MLFLOW}\n")
+
+
+def _say_leaks(data: Path) -> None:
+    for sentence in leaks_of(data):
+        sys.stderr.write(f"LEAK: {sentence}\n")
 
 
 def main() -> None:

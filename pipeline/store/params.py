@@ -15,11 +15,12 @@ S = TypeVar("S", bound=BaseModel)
 STAGES = tuple(sorted(p.stem for p in (Path(__file__).parents[1] / "stages").glob("[a-z]*.py")))
 SHELVES = {"model": "models", "view": "views", "training": "trainings"}
 """Where an entry's field names what it wants, `model: student` for `models.student`, so that DVC knows who uses what."""
-SINGLE = ("prepare", "dedup", "compare")
+SINGLE = ("prepare", "search", "dedup", "compare")
 """Stages without entries: their section is one mapping of keys."""
 NEEDED = {
     "seed": "seed: 0",
     "prepare": "prepare: {root: ..., labelled: [...], val: [...]}",
+    "search": "search: {}",
     "dedup": "dedup: {}",
     "evaluate": "evaluate: {<entry>: {model: ...}}",
     "compare": "compare: {baseline: <entry of evaluate>}",

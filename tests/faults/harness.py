@@ -43,6 +43,7 @@ PARAMS: dict[str, Any] = {
         "pool": [{"kind": "tar", "path": "pool.tar"}],
         "holdout": 0.25,
     },
+    "search": {},
     "dedup": {},
     "models": {"small": MODEL},
     "views": {"shifted": {}},

@@ -87,14 +87,14 @@ def test_a_scheduler_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pyt
         list(shards.done(partial(square, tmp_path), range(3), 1, "dask://127.0.0.1:9"))
 
 
-def test_dedup_on_a_cluster_makes_the_same_bytes(tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_on_a_cluster_makes_the_same_bytes(tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.leaks.search.SHARD", 4)  # no fewer than the validation images: workers have the real one
     work = bench(tmp_path)
-    work.run()
-    here = bytes_of(tmp_path / "out")
+    work.search(train=False)
+    here = bytes_of(tmp_path / "found")
     work.scratch = tmp_path / "again"
-    work.run(machine=Machine(executor=cluster))
-    assert bytes_of(tmp_path / "out") == here
+    work.search(train=False, machine=Machine(executor=cluster))
+    assert bytes_of(tmp_path / "found") == here
 
 
 def test_score_label_and_pack_give_the_same_bytes_on_a_cluster(

@@ -1,4 +1,4 @@
-"""The leak check on drawn photographs: its inputs, its run, and what it has written."""
+"""A folder in which the leak check runs: the inputs of its two stages and their outputs."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.harness.machine import Machine
-from pipeline.leaks import decision
+from pipeline.leaks import decision, findings, search
 from pipeline.stages import dedup
+from pipeline.stages import search as searching
 from pipeline.store import artifact, manifest
 from tests.photographs import cropped, mirrored, photograph, recoded
 from tests.tiny import encoded
@@ -44,30 +44,34 @@ def manifest_of(
 
 
 class Bench:
-    """A folder with the inputs of the stage, and its outputs after `run`."""
+    """A folder with the inputs of the two stages, and their outputs after `run`."""
 
     def __init__(self, folder: Path, **sets: Mapping[str, bytes | np.ndarray]) -> None:
         self.folder = folder
         self.inputs = {name: manifest_of(folder / name, sets.get(name, {})) for name in ("pool", "val")}
-        self.inputs["train"] = manifest_of(folder / "train", sets.get("train", {}), 0, ["thing"])
+        for name in ("holdout", "train"):
+            self.inputs[name] = manifest_of(folder / name, sets.get(name, {}), 0, ["thing"])
         self.overrides = folder / "overrides.csv"
         self.overrides.write_text("id,action,reason\n")
         self.scratch = folder / "scratch"
 
     def run(self, workers: int = 1, machine: Machine | None = None, **params: Any) -> Mapping[str, Any]:
+        """Search and decide; returns what the decision says of itself."""
+        self.search(workers, machine, duplicates=params.get("duplicates") == "collapse")
+        return self.decide(**params)
+
+    def search(self, workers: int = 1, machine: Machine | None = None, **params: Any) -> Mapping[str, Any]:
         self.scratch.mkdir(exist_ok=True)
-        outs = {f"{name}_out": self.folder / "out" / name for name in ("pool", "train", "leaks", "gallery")}
-        return dedup.run(
-            decision.Dedup(**params),
-            **self.inputs,
-            **outs,
-            overrides=self.overrides,
-            workdir=self.scratch,
-            machine=machine or Machine(workers=workers),
-        )
+        places = {"out": self.folder / "found", "workdir": self.scratch}
+        return searching.run(search.Search(**params), **self.inputs, **places, machine=machine or Machine(workers=workers))
+
+    def decide(self, **params: Any) -> Mapping[str, Any]:
+        outs = {f"{name}_out": self.folder / "out" / name for name in ("pool", "holdout", "train", "leaks", "gallery")}
+        found, overrides = self.folder / "found", self.overrides
+        return dedup.run(decision.Dedup(**params), found=found, **self.inputs, **outs, overrides=overrides)
 
     def audit(self) -> list[dict[str, Any]]:
-        return pq.read_table(artifact.verify(self.folder / "out" / "leaks") / "leaks.parquet").to_pylist()
+        return findings.read(artifact.verify(self.folder / "out" / "leaks")).to_pylist()
 
     def kept(self, name: str = "pool") -> set[str]:
         return set(manifest.read(self.folder / "out" / name).table["id"].to_pylist())

@@ -388,6 +388,22 @@ def test_the_gallery_is_linked_where_dedup_drew_one(four: Path, capsys: pytest.C
     assert str(gallery) in capsys.readouterr().err
 
 
+def test_copies_of_val_among_the_labelled_images_are_told_at_the_head(four: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = "5 of 1,000 training images are copies of val images; `dedup.train: remove` takes them out."
+    metrics = four.parent / "dedup" / "metrics.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps({"warnings": [sentence]}))
+    out, _ = run(four)
+    assert f"LEAK: {sentence}" in capsys.readouterr().err
+    text = Page((out / "report.html").read_text()).text
+    assert text.index(sentence) < text.index("Results")
+    compare.show(out)
+    assert f"LEAK: {sentence}" in capsys.readouterr().err
+    metrics.write_text(json.dumps({"warnings": None}))
+    run(four)
+    assert "LEAK" not in capsys.readouterr().err
+
+
 def test_names_from_outside_cannot_break_the_page(write: Write, tmp_path: Path) -> None:
     for name in ENTRIES:
         write(name, class_name="<b>&$x^2$")

@@ -1,4 +1,4 @@
-"""The leak check as a stage: outcomes, overrides, relations, resuming, and independence of the number of workers."""
+"""The leak check as two stages: outcomes, overrides, relations, resuming, and independence of the number of workers."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
 from pipeline.leaks import decision, features, findings, gallery, search
 from pipeline.store import artifact, manifest
-from tests.leaks.bench import COPY, DOUBTFUL, ORIGINALS, OTHERS, PLAIN, Bench, bench, manifest_of
+from tests.leaks.bench import COPY, DOUBTFUL, ORIGINALS, OTHERS, PLAIN, Bench, bench, manifest_of, png
 from tests.photographs import COPIES, cropped, mirrored, photograph, recoded
 from tests.tiny import bytes_of
 
@@ -23,38 +24,155 @@ def test_copies_leave_the_pool_with_a_full_record_and_the_rest_stays(tmp_path: P
     rows = {row["id"]: row for row in work.audit() if row["relation"] == "pool-val"}
     assert {name: rows[name]["match_id"] for name in rows} == {"copy of v0": "v0", "copy of v2": "v2"}
     crop = rows["copy of v2"]
-    assert (crop["outcome"], crop["kept"], crop["mirrored"]) == ("removed", False, False)
+    assert (crop["outcome"], crop["kept"], crop["mirrored"]) == ("copy", False, False)
     assert (crop["cover_image"], crop["cover_match"]) == pytest.approx((1.0, 0.49), abs=0.03)
     assert crop["inliers"] >= 12
     assert rows["copy of v0"]["mirrored"]
     assert rows["copy of v0"]["score"] > 0.9
-    assert (metrics["removed"], metrics["kept"], metrics["val_with_a_leak"]) == (2, 4, 2)
+    assert (metrics["pool_val_copies"], metrics["kept"], metrics["val_with_a_leak"]) == (2, 4, 2)
 
 
 @pytest.mark.parametrize(
-    ("train", "strictness", "found", "stays"),
+    ("train", "strictness", "kept", "stays"),
     [
-        ("skip", "leaks", [], {"t0", "t1"}),
-        ("report", "leaks", [("t0", "v3", True)], {"t0", "t1"}),
-        ("remove", "leaks", [("t0", "v3", False)], {"t1"}),
-        ("remove", "none", [("t0", "v3", True)], {"t0", "t1"}),
+        ("report", "leaks", True, {"t0", "t1"}),
+        ("remove", "leaks", False, {"t1"}),
+        ("remove", "none", True, {"t0", "t1"}),
     ],
 )
-def test_a_labelled_copy_is_skipped_reported_or_removed(
-    tmp_path: Path, train: str, strictness: str, found: list[tuple[str, str, bool]], stays: set[str]
-):
+def test_a_labelled_copy_is_reported_or_removed(tmp_path: Path, train: str, strictness: str, kept: bool, stays: set[str]):
     work = bench(tmp_path)
     metrics = work.run(train=train, strictness=strictness)
-    assert [(row["id"], row["match_id"], row["kept"]) for row in work.audit() if row["relation"] == "train-val"] == found
-    assert (metrics["train_copies"], metrics["train_removed"]) == (len(found), 2 - len(stays))
+    found = [(row["id"], row["match_id"], row["kept"]) for row in work.audit() if row["relation"] == "train-val"]
+    assert found == [("t0", "v3", kept)]
+    assert (metrics["train_val_copies"], metrics["train_removed"]) == (1, 2 - len(stays))
     assert work.kept("train") == stays
     same = artifact.identity(work.folder / "out" / "train") == artifact.identity(work.inputs["train"])
     assert same == (len(stays) == 2), "nothing that was trained on the labelled images is stale if they are the same"
 
 
+def related(folder: Path) -> Bench:
+    """The pool holds a copy of an image of each set, train and holdout copies of val, train one of holdout, val one of val."""
+    held = {"h0": photograph(300), "h1": recoded(ORIGINALS["v1"]), "h2": photograph(302)}
+    train = {"t0": ORIGINALS["v3"], "t1": photograph(200), "t2": cropped(held["h0"], 0.8)}
+    pool = OTHERS | {"of val": recoded(ORIGINALS["v0"]), "of holdout": mirrored(held["h2"]), "of train": recoded(train["t1"])}
+    return Bench(folder, pool=pool, val=ORIGINALS | {"v9": recoded(ORIGINALS["v2"])}, train=train, holdout=held)
+
+
+RELATED = {
+    "pool-val": {("of val", "v0")},
+    "pool-holdout": {("of holdout", "h2")},
+    "pool-train": {("of train", "t1")},
+    "train-val": {("t0", "v3")},
+    "train-holdout": {("t2", "h0")},
+    "holdout-val": {("h1", "v1")},
+    "val-val": {("v9", "v2")},
+}
+
+
+def test_every_set_is_searched_for_copies_of_those_that_measure(tmp_path: Path):
+    work = related(tmp_path)
+    metrics = work.run()
+    found = {relation: set[tuple[str, str]]() for relation in RELATED}
+    for row in work.audit():
+        found[row["relation"]].add((row["id"], row["match_id"]))
+        assert row["outcome"] == "copy"
+    assert found == RELATED
+    assert {relation: metrics[f"{relation.replace('-', '_')}_copies"] for relation in RELATED} == dict.fromkeys(RELATED, 1)
+    assert work.kept() == set(OTHERS)
+    assert work.kept("train") == {"t0", "t1", "t2"}
+    assert artifact.identity(tmp_path / "out" / "holdout") == artifact.identity(work.inputs["holdout"])
+
+
+def test_params_say_which_set_a_copy_leaves(tmp_path: Path):
+    work = related(tmp_path)
+    work.run(pool_train="keep", train="remove", holdout="remove")
+    assert work.kept() == {*OTHERS, "of train"}
+    assert work.kept("train") == {"t1"}
+    assert work.kept("holdout") == {"h0", "h2"}
+    work.decide(strictness="none", train="remove", holdout="remove")
+    assert work.kept("train") == {"t0", "t1", "t2"}
+    assert len(work.kept()) == 7
+
+
+def test_copies_of_val_are_listed_with_the_set_they_are_in(tmp_path: Path):
+    work = related(tmp_path)
+    work.run(train="remove")
+    rows = pq.read_table(tmp_path / "out" / "leaks" / "val_copies.parquet").to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        ("v0", "pool", "of val", "copy", False),
+        ("v1", "holdout", "h1", "copy", True),
+        ("v2", "val", "v9", "copy", True),
+        ("v3", "train", "t0", "copy", False),
+        ("v9", "val", "v2", "copy", True),
+    ]
+
+
+def test_copies_among_the_labelled_images_are_said_loudly(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    work = related(tmp_path)
+    work.run()
+    said = capsys.readouterr().err
+    sentence = "1 of 3 training images are copies of val images; `dedup.train: remove` takes them out."
+    for text in (sentence, "1 of 3 held-out images are copies of val images", "1 of 3 training images are copies of held-out"):
+        assert f"LEAK: {text}" in said
+    page = work.page()
+    assert page.index(sentence) < page.index("<figure>")
+    assert re.search(r"copy</span> stays in train \(dedup.train: report\)", page)
+    assert re.search(r"copy</span> goes from pool", page)
+    work.decide(train="remove")
+    assert "1 of 3 training images are copies of val images; they were removed." in capsys.readouterr().err
+    assert "stays in train" not in work.page()
+
+
+def test_the_labelled_images_are_left_alone_where_the_search_skips_them(tmp_path: Path):
+    work = related(tmp_path)
+    work.search(train=False)
+    assert work.decide()["pool_train_copies"] == 0
+    assert {row["relation"] for row in work.audit()} == {"pool-val", "pool-holdout", "holdout-val", "val-val"}
+    with pytest.raises(UserError, match=r"`search\.train: true`"):
+        work.decide(train="remove")
+    with pytest.raises(UserError, match=r"`search\.duplicates: true`"):
+        work.decide(duplicates="collapse")
+
+
+def test_plain_copies_byte_for_byte_are_found_without_features(tmp_path: Path):
+    plain = {name: png(np.full((90, 120, 3), grey, np.uint8)) for name, grey in (("v", 90), ("t", 91), ("other", 92))}
+    sets = {"pool": {"p": plain["v"], "q": plain["t"], "r": plain["other"]}, "val": {"v": plain["v"]}, "train": {"t": plain["t"]}}
+    work = Bench(tmp_path, **sets, holdout={"h": plain["v"]})
+    work.run()
+    found = {(row["relation"], row["id"], row["match_id"]): row["rule"] for row in work.audit() if row["outcome"] == "copy"}
+    pairs = [("holdout-val", "h", "v"), ("pool-holdout", "p", "h"), ("pool-train", "q", "t"), ("pool-val", "p", "v")]
+    assert found == dict.fromkeys(pairs, findings.SAME_BYTES)
+    assert work.kept() == {"r"}
+    assert {row["id"] for row in work.audit() if row["outcome"] == "unverifiable"} == {"r", "t", "v"}
+
+
+def test_equal_checksums_are_no_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(search, "_crc_and_size", lambda table: np.zeros(len(table), np.uint64))
+    images = manifest.read(manifest_of(tmp_path / "a", {"a": b"one", "b": b"two"}))
+    known = manifest.read(manifest_of(tmp_path / "b", {"c": b"two", "d": b"six", "e": b"two"}))
+    assert [(row["row"], row["match"]) for row in search.same_bytes(images, known, False)] == [(1, 0), (1, 2)]
+    assert [(row["row"], row["match"]) for row in search.same_bytes(known, known, True)] == [(2, 0)]
+
+
+def test_a_change_of_mind_does_not_search_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Strictness, review and overrides are decided on what was found once, and as if it had been found for them."""
+    work = Bench(tmp_path, pool=OTHERS | COPY | DOUBTFUL | {"alike": mirrored(shifted(ORIGINALS["v1"]))}, val=ORIGINALS)
+    work.search()
+    monkeypatch.setattr(search, "verified", None)
+    kept = {}
+    for params in ({"strictness": "none"}, {}, {"strictness": "near"}, {"review": "remove"}):
+        work.decide(**params)
+        kept[" ".join(params.values())] = work.kept() - set(OTHERS)
+    assert kept == {"none": {*COPY, "alike", "doubtful"}, "": {"alike", "doubtful"}, "near": {"doubtful"}, "remove": {"alike"}}
+    work.overrides.write_text("id,action,reason\ncopy of v0,keep,a reprint\n")
+    work.decide()
+    assert "copy of v0" in work.kept()
+
+
 def test_removal_takes_no_class_away(tmp_path: Path):
     work = Bench(tmp_path, pool=OTHERS, val=ORIGINALS, train={"t0": ORIGINALS["v3"]})
-    with pytest.raises(UserError, match="every labelled image of thing would go"):
+    with pytest.raises(UserError, match="every training image of thing would go"):
         work.run(train="remove")
     work.overrides.write_text("id,action,reason\nt0,keep,the only one\n")
     work.run(train="remove")
@@ -67,20 +185,23 @@ def test_a_labelled_image_can_be_removed_by_hand(tmp_path: Path):
     assert work.run()["train_removed"] == 1
     assert work.kept("train") == {"t0"}
     rows = {row["id"]: row for row in work.audit()}
-    assert [rows["t1"][key] for key in ("relation", "rule", "kept")] == ["train-val", "by hand", False]
+    assert [rows["t1"][key] for key in ("relation", "rule", "kept")] == ["train", "by hand", False]
 
 
 def test_review_and_unverifiable_are_listed_and_a_param_removes_them(tmp_path: Path):
-    work = Bench(tmp_path, pool=OTHERS | DOUBTFUL | {"plain": PLAIN, "broken": b"no image"}, val=ORIGINALS | {"vplain": PLAIN})
+    work = Bench(
+        tmp_path, pool=OTHERS | DOUBTFUL | {"plain": PLAIN, "broken": b"no image"}, val=ORIGINALS | {"vplain": PLAIN[1:]}
+    )
     metrics = work.run()
     found = {(row["relation"], row["id"]): (row["outcome"], row["rule"], row["kept"]) for row in work.audit()}
     assert found == {
         ("pool-val", "doubtful"): ("review", "shared features", True),
-        ("pool-val", "plain"): ("unverifiable", findings.TOO_FEW, True),
-        ("pool-val", "broken"): ("unverifiable", findings.UNDECODABLE, True),
+        ("pool", "plain"): ("unverifiable", findings.TOO_FEW, True),
+        ("pool", "broken"): ("unverifiable", findings.UNDECODABLE, True),
         ("val", "vplain"): ("unverifiable", findings.TOO_FEW, True),
     }
-    assert (metrics["removed"], metrics["review"], metrics["unverifiable"], metrics["val_unverifiable"]) == (0, 1, 2, 1)
+    assert (metrics["pool_val_copies"], metrics["review"], metrics["unverifiable"]) == (0, 1, 2)
+    assert metrics["val_unverifiable"] == 1
     work.run(review="remove")
     assert work.kept() == set(OTHERS) | {"plain", "broken"}
     work.run(unverifiable="remove")
@@ -98,14 +219,13 @@ def test_look_alikes_go_only_where_the_strictness_asks_for_it(tmp_path: Path):
     work = Bench(tmp_path, pool=OTHERS | COPY | {"alike": mirrored(shifted(ORIGINALS["v1"]))}, val=ORIGINALS)
     kept = {}
     for strictness in ("none", "leaks", "near"):
-        work.scratch = tmp_path / strictness
         metrics = work.run(strictness=strictness)
         kept[strictness] = work.kept()
-        assert metrics["removed"] == 2, "found, whatever happens to it"
+        assert metrics["pool_val_copies"] == 2, "found, whatever happens to it"
     assert kept == {"none": set(OTHERS) | set(COPY) | {"alike"}, "leaks": set(OTHERS) | {"alike"}, "near": set(OTHERS)}
     row = next(row for row in work.audit() if row["id"] == "alike")
     assert (row["match_id"], row["outcome"], row["mirrored"], row["kept"]) == ("v1", "alike", True, False)
-    assert row["score"] >= decision.ALIKE["near"]
+    assert row["score"] >= findings.ALIKE["near"]
 
 
 def test_a_person_has_the_last_word_and_the_audit_says_so(tmp_path: Path):
@@ -115,7 +235,7 @@ def test_a_person_has_the_last_word_and_the_audit_says_so(tmp_path: Path):
     assert work.kept() == (set(OTHERS) | {"copy of v0"}) - {"p1"}
     rows = {row["id"]: row for row in work.audit()}
     assert [rows["copy of v0"][key] for key in ("outcome", "kept", "override", "reason")] == [
-        "removed",
+        "copy",
         True,
         "keep",
         "a reprint, not a copy",
@@ -140,7 +260,7 @@ def test_a_wrong_override_stops_the_run_and_names_the_line(tmp_path: Path, text:
     file = tmp_path / "overrides.csv"
     file.write_text(text)
     with pytest.raises(UserError, match=message):
-        decision.read_overrides(file, {"pool": pool, "train": pool})
+        decision.read_overrides(file, {"pool": pool, "train": pool, "holdout": pool})
 
 
 def test_copies_within_the_pool_collapse_to_the_largest(tmp_path: Path):
@@ -181,12 +301,13 @@ def test_a_killed_run_goes_on_after_its_last_whole_shard(tmp_path: Path, monkeyp
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     work = bench(tmp_path)
-    work.run(train="skip")
+    monkeypatch.setattr(search, "SHARD", len(ORIGINALS) + 2)  # all of the reference in one: the processes have the real SHARD
+    work.inputs["pool"] = manifest_of(tmp_path / "more", OTHERS | COPY | {f"q{i}": photograph(400 + i) for i in range(4)})
+    work.run()
     one = bytes_of(tmp_path / "out")
-    monkeypatch.setattr(search, "SHARD", len(ORIGINALS))
     work.scratch = tmp_path / "again"
-    work.run(workers=2, train="skip")
-    assert len(list((tmp_path / "again" / "pool-val").iterdir())) == 2
+    work.run(workers=2)
+    assert len(list((tmp_path / "again" / "pool-reference").iterdir())) == 2
     assert bytes_of(tmp_path / "out") == one
 
 
@@ -205,11 +326,11 @@ def test_the_page_is_complete_in_itself_and_shows_the_most_doubtful_first(tmp_pa
     assert shown == [row["id"].replace("<", "&lt;").replace(">", "&gt;") for row in rows]
 
 
-def test_a_store_gives_back_what_was_extracted(tmp_path: Path):
+def test_pictures_come_back_as_they_were_extracted(tmp_path: Path):
     images = manifest.read(manifest_of(tmp_path / "pool", {"a": photograph(1), "b": b"broken", "c": photograph(2, 40, 30)}))
     shard = search.Shard(search._pack(images.table), 0, tmp_path / "store" / "000000.safetensors", None)
     assert search.describe_shard(shard) == 3
-    store = search.Store(tmp_path / "store", 3)
+    store = search.Pictures(tmp_path / "store", 3)
     for row, image in ((0, photograph(1)), (2, photograph(2, 40, 30))):
         kept, fresh = store[row], features.extract(image)
         assert kept is not None
@@ -217,7 +338,6 @@ def test_a_store_gives_back_what_was_extracted(tmp_path: Path):
         assert (kept.features.points == fresh.features.points).all()
         assert (kept.features.descriptors == fresh.features.descriptors).all()
     assert store[1] is None
-    assert list(store.unverifiable()) == [(1, findings.UNDECODABLE)]
 
 
 def test_empty_inputs_leave_the_pool_as_it_was(tmp_path: Path):
