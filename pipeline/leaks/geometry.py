@@ -131,8 +131,8 @@ def project(transform: np.ndarray, points: np.ndarray) -> np.ndarray:
 ROUGH, TURN, GROWTH = 0.1, np.pi / 4, 1.6
 """Of a pair that agrees roughly: distance from its place in units of the longest side, and difference of angle and of size."""
 GRID, CROWD, CELLS, SPAN = 5, 3, 6, 3
-"""An image has GRID x GRID cells; those with CROWD features of either image count, if there are CELLS. Those that agree must reach
-over SPAN rows and columns: two lines of text do not."""
+"""An image has GRID x GRID cells; those with CROWD features of either image count, if there are CELLS. Those that agree must
+reach over SPAN rows and columns: two lines of text do not."""
 
 
 def _roughly(p: np.ndarray, q: np.ndarray, transform: np.ndarray) -> np.ndarray:
