@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pipeline.models import inputs
+from pipeline.models import inputs, precise
 from pipeline.models.device import Device
 
 BATCH = 256
@@ -54,7 +54,7 @@ def folded(model: nn.Module) -> nn.Module:
     """
     model.eval()
     try:
-        traced = torch.fx.symbolic_trace(model)
+        traced = torch.fx.GraphModule(model, precise.Tracer().trace(model))
     except Exception:  # control flow that depends on data: such a model runs unfolded
         return model
     modules = dict(traced.named_modules())

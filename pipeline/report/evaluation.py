@@ -104,7 +104,7 @@ class Speed(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """evaluation.json. What was not measured is left out of it."""
+    """evaluation.json. What was not measured is left out of it. `dtype`: in which the network's products were computed."""
 
     model: Model
     training: TrainingFacts
@@ -113,10 +113,11 @@ class Evaluation(BaseModel):
     exits: ExitComparison | None = None
     corruptions: Corruptions | None = None
     speed: Speed | None = None
+    dtype: str | None = None
 
     @model_serializer(mode="wrap")
     def _what_was_measured(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        absent = {name for name in ("exits", "corruptions", "speed") if getattr(self, name) is None}
+        absent = {name for name in ("exits", "corruptions", "speed", "dtype") if getattr(self, name) is None}
         return {name: value for name, value in handler(self).items() if name not in absent}
 
     def figures(self) -> dict[str, float]:
