@@ -24,7 +24,8 @@ class SoftLoss(Section):
     -sum p log q, SimCLRv2's. `dist` (Huang et al. 2022, section 3): 1 - r(p, q) of the probabilities of each image, averaged,
     plus 1 - r of each class over the images of the batch; r is Pearson's correlation, which has no scale."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """T. SimCLRv2 has 0.1 to a network of the same kind and 1 to a smaller one."""
+    """T. SimCLRv2 has 0.1 to a network of the same kind and 1 to a smaller one. Below 1 the model directory records it, and all
+    that read the model divide by it; above 1 the student's logits match the teacher's own, and are read at 1."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """A factor: 4 with `js` compares like with like, 1 / T^2 gives SimCLRv2's equation."""
 

@@ -16,6 +16,7 @@ from pipeline.models.exits import ExitError
 from pipeline.report import corruptions
 from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Speed, TrainingFacts, write
 from pipeline.report.measure import (
+    calibrate,
     cheapest,
     compare_exits,
     confusion,
@@ -99,6 +100,7 @@ def run(
         training=TrainingFacts(**made_from, **description.training),
         val=measured["val"],
         holdout=measured["holdout"],
+        calibration=calibrate(logits, labels, classes),
         dtype=on.precision,
     )
     metrics: dict[str, Any] = {"n": evaluation.val.n}
