@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from pipeline.learning.labels import Best
 from pipeline.store.params import Section
 
 
@@ -29,10 +30,14 @@ class SoftLoss(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """A factor: 4 with `js` compares like with like, 1 / T^2 gives SimCLRv2's equation."""
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """(N, C) logits of student and teacher -> scalar."""
-        log_q = F.log_softmax(student.float() / self.temperature, dim=1)
-        log_p = F.log_softmax(teacher.float() / self.temperature, dim=1)
+    def __call__(self, student: Tensor, teacher: Tensor | Best) -> Tensor:
+        """(N, C) logits of student and teacher -> scalar. Of a teacher's `Best`, at this temperature, the classes that are not
+        kept count as one, by the same formula; `dist` has no such form."""
+        if isinstance(teacher, Best):
+            log_p, log_q = teacher.cells(student)
+        else:
+            log_q = F.log_softmax(student.float() / self.temperature, dim=1)
+            log_p = F.log_softmax(teacher.float() / self.temperature, dim=1)
         scale = 1.0 if self.name == "dist" else self.temperature**2
         return self.weight * scale * DIVERGENCES[self.name](log_p, log_q).mean()
 

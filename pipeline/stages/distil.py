@@ -87,7 +87,7 @@ def run(
     student, description = network.start(params.model, init, labelled.classes, job.seed, from_layer=params.from_layer)
     description = network.trained_at(description, params.loss.temperature)
     input_spec, temperature = description.input, description.temperature
-    taught_by = read(teacher, labelled.classes, seen, on, params.teacher_bn)
+    taught_by = read(teacher, labelled.classes, seen, on, params.loss, params.teacher_bn)
     known = taught_by.training.get("labelled", 0)
     if params.alpha < 1:
         part = labelled if params.labels is None else manifest.balanced(labelled, params.labels, job.seed)
@@ -95,7 +95,7 @@ def run(
         known = max(known, len(part) if params.labels is not None else len(labelled) + len(held_out))
 
     def divergence(model: nn.Module, batch: views.Batch) -> Tensor:
-        t = taught_by.logits(batch)  # B, C
+        t = taught_by.answers(batch)
         s = model(inputs.normalise(batch.views, input_spec))
         value = params.loss(s, t)
         if params.alpha < 1:

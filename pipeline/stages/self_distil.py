@@ -93,12 +93,12 @@ def run(
             y = labels[batch.rows].to(on.device)  # B
             return lambda s: F.cross_entropy(s.float(), y, label_smoothing=smoothing)
     else:
-        taught_by = read(teacher, labelled.classes, seen, on)
+        taught_by = read(teacher, labelled.classes, seen, on, params.loss)
         side, frozen, origin = taught_by.canvas(side), taught_by.networks, taught_by.training
         viewer = taught_by.viewer(max(size, taught_by.size), params.view, job.seed)
 
         def target(batch: views.Batch) -> Target:
-            t = taught_by.logits(batch)  # B, C
+            t = taught_by.answers(batch)
             return lambda s: params.loss(s, t)
 
     def loss(model: nn.Module, batch: views.Batch) -> Tensor:
