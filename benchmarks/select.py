@@ -68,7 +68,7 @@ def draw(folder: Path, images: int, top: int, classes: int) -> None:
         )
         manifest.write(tmp, rows.set_column(1, "path", rows["path"].dictionary_encode()), ())
     names, identity = [f"class {c}" for c in range(classes)], artifact.identity(folder / "pool")
-    with artifact.writing(folder / "scores") as tmp, scores.writer(tmp, top, names, identity) as writer:
+    with artifact.writing(folder / "scores") as tmp, scores.writer(tmp, top, names, identity, "float32") as writer:
         for first in range(0, images, BATCH):
             n = min(BATCH, images - first)
             step = rng.integers(1, max(2, classes // top), (n, top), dtype=np.int32)

@@ -15,8 +15,8 @@ class Machine(Section):
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: cuda where there is one."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """The autocast type of training and inference. `auto` is bfloat16 on a GPU and on CPUs that multiply it in hardware, else
-    float32."""
+    """The autocast type of training and inference; classifier layers and `evaluate` are float32 always. `auto` is bfloat16 on a
+    GPU and on CPUs that multiply it in hardware, else float32."""
     threads: NonNegativeInt = 0
     """Threads of a process that computes; 0: one per usable core."""
     workers: NonNegativeInt = 0

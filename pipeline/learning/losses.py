@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from pipeline.learning.labels import Best
 from pipeline.store.params import Section
 
 
@@ -24,14 +25,19 @@ class SoftLoss(Section):
     -sum p log q, SimCLRv2's. `dist` (Huang et al. 2022, section 3): 1 - r(p, q) of the probabilities of each image, averaged,
     plus 1 - r of each class over the images of the batch; r is Pearson's correlation, which has no scale."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """T. SimCLRv2 has 0.1 to a network of the same kind and 1 to a smaller one."""
+    """T. SimCLRv2 has 0.1 to a network of the same kind and 1 to a smaller one. Below 1 the model directory records it, and all
+    that read the model divide by it; above 1 the student's logits match the teacher's own, and are read at 1."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """A factor: 4 with `js` compares like with like, 1 / T^2 gives SimCLRv2's equation."""
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """(N, C) logits of student and teacher -> scalar."""
-        log_q = F.log_softmax(student.float() / self.temperature, dim=1)
-        log_p = F.log_softmax(teacher.float() / self.temperature, dim=1)
+    def __call__(self, student: Tensor, teacher: Tensor | Best) -> Tensor:
+        """(N, C) logits of student and teacher -> scalar. Of a teacher's `Best`, at this temperature, the classes that are not
+        kept count as one, by the same formula; `dist` has no such form."""
+        if isinstance(teacher, Best):
+            log_p, log_q = teacher.cells(student)
+        else:
+            log_q = F.log_softmax(student.float() / self.temperature, dim=1)
+            log_p = F.log_softmax(teacher.float() / self.temperature, dim=1)
         scale = 1.0 if self.name == "dist" else self.temperature**2
         return self.weight * scale * DIVERGENCES[self.name](log_p, log_q).mean()
 

@@ -4,7 +4,7 @@ The table is an artifact of the stage `label`; `labels` has its format.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.learning import labels, views
+from pipeline.learning.labels import Best
 from pipeline.learning.views import Batch
 from pipeline.models import inputs, network, prediction
 from pipeline.models.device import Device
@@ -22,17 +23,33 @@ class LabelsError(UserError):
     """Cached soft labels are of other images or other classes, or were made for other views."""
 
 
+class Loss(Protocol):
+    """What a loss asks of a teacher's answers: a `losses.SoftLoss`, whose formulas make no labels stale."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def temperature(self) -> float: ...
+
+
 def read(
-    folder: Path, classes: tuple[str, ...], seen: manifest.Manifest, on: Device, statistics: Literal["eval", "batch"] = "eval"
+    folder: Path,
+    classes: tuple[str, ...],
+    seen: manifest.Manifest,
+    on: Device,
+    loss: "Loss",
+    statistics: Literal["eval", "batch"] = "eval",
 ) -> "Online | Cached":
     """The teacher of `folder`, a model directory or cached labels of the images `seen`.
 
-    `statistics`: what a network normalises with, its own or those of each batch. Raises CheckpointError, ArtifactError,
-    LabelsError.
+    `loss`: what the answers are for. `statistics`: what a network normalises with, its own or those of each batch. Raises
+    CheckpointError, ArtifactError, LabelsError.
     """
     if (folder / labels.FILE).is_file():
         artifact.verify(folder)
-        return Cached(folder, classes, seen, on, statistics)
+        cached = Cached(folder, classes, seen, on, statistics)
+        cached.must_do_for(loss)
+        return cached
     return Online(folder, classes, on, statistics)
 
 
@@ -58,8 +75,8 @@ class Online:
         return views.viewer(size, view, seed, aspects, mix)
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, C) float32 on the device, without gradient; their softmax is what the student is taught."""
+    def answers(self, batch: Batch) -> Tensor:
+        """(B, C) float32 logits on the device, without gradient; their softmax is what the student is taught."""
         return prediction.forward(self.model, batch.views, self.input_spec, self.on)
 
 
@@ -85,7 +102,25 @@ class Cached:
         self.seed, self.view, self.views = facts.seed, facts.view, facts.views
         self.count, self.folder, self.on = len(classes), folder, on
         self.networks: list[tuple[nn.Module, int]] = []
-        self.classes, self.log_p = kept.classes, kept.log_p  # N, V, m
+        self.classes, self.log_p, self.log_rest = kept.classes, kept.log_p, kept.log_rest  # N, V, m; N, V, m; N, V
+        self.temperature, self.m = facts.temperature, kept.log_p.shape[2]
+        if self.log_rest is None and self.m < self.count:
+            raise LabelsError(f"{folder} does not say what the classes have that it left out. Remake it: `dvc repro`.")
+
+    def must_do_for(self, loss: "Loss") -> None:
+        """Raise LabelsError for a loss that needs more than is kept."""
+        if self.log_rest is None:
+            return
+        kept = f"{self.folder} keeps {self.m} of {self.count} classes"
+        if loss.temperature != self.temperature:
+            raise LabelsError(
+                f"`loss.temperature` is {loss.temperature}, but {kept}, and what the others have together is known at "
+                f"{self.temperature} alone. Set `temperature: {loss.temperature}` in its entry of `label`."
+            )
+        if loss.name == "dist":
+            raise LabelsError(
+                f"`loss: {{name: dist}}` correlates all classes, but {kept}. Set `m: {self.count}` in its entry of `label`."
+            )
 
     def canvas(self, student: inputs.Input, whole: bool) -> int:
         """Always that of the labels: from another one the same draws make other views."""
@@ -102,13 +137,14 @@ class Cached:
         inner = views.viewer(size, self.view, self.seed, aspects)
         return lambda raw, rows, passes: inner(raw, rows, passes % self.views)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Log-probabilities; what the m best classes leave is spread evenly over the others."""
+    def answers(self, batch: Batch) -> Tensor | Best:
+        """(B, C) log-probabilities where all classes are kept, else the best of them."""
         view = batch.passes % self.views
-        log_p = torch.from_numpy(self.log_p[batch.rows, view]).float()  # B, m
-        best = torch.from_numpy(self.classes[batch.rows, view].astype(np.int64))
-        left = (1 - log_p.exp().sum(1, keepdim=True)).clamp_min(1e-9) / max(1, self.count - log_p.shape[1])
-        return left.log().repeat(1, self.count).scatter_(1, best, log_p).to(self.on.device)
+        log_p = torch.from_numpy(self.log_p[batch.rows, view]).float().to(self.on.device)  # B, m
+        best = torch.from_numpy(self.classes[batch.rows, view].astype(np.int64)).to(self.on.device)
+        if self.log_rest is None:
+            return torch.empty_like(log_p).scatter_(1, best, log_p)
+        return Best(best, log_p, torch.from_numpy(self.log_rest[batch.rows, view]).to(self.on.device), self.temperature)
 
 
 def _frozen(model: nn.Module, statistics: str) -> nn.Module:

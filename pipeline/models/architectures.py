@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models import exits
+from pipeline.models import exits, precise
 
 SMALL = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 ENSEMBLE = "ensemble"
@@ -31,7 +31,8 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
     (selective kernels). The option `exits` gives a ResNet exits after its stages: `all` makes an `exits.Exits`, which returns
     more than logits; the number of an exit makes the classifier that ends there. With the option `head_layers` so many layers of
     a projection head stand before the classifier (SimCLRv2's fine-tuning). `ensemble` is what the stage of that name writes.
-    `pretrained` brings timm's published weights (and needs a network or a filled cache). Raises ModelError or ExitError.
+    `pretrained` brings timm's published weights (and needs a network or a filled cache). The classifier layers run in float32
+    (`precise.Float32Linear`). Raises ModelError or ExitError.
     """
     options = dict(options or {})
     if arch == ENSEMBLE:
@@ -68,6 +69,8 @@ def _timm(arch: str, classes: int, options: dict[str, Any], pretrained: bool) ->
         model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
+    for head in heads(model):
+        precise.make(model, head.removesuffix("."))
     return model
 
 
@@ -80,7 +83,8 @@ def heads(model: nn.Module) -> tuple[str, ...]:
         return (*own, *(f"branches.{number}.linear." for number in model.branches))
     if isinstance(model, SmallResNet | HeadedClassifier):
         return ("linear.",)
-    return (f"{getattr(model, 'default_cfg', {}).get('classifier', 'fc')}.",)
+    named = getattr(model, "default_cfg", {}).get("classifier", "fc")
+    return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named or ()))  # two of a distilled DeiT
 
 
 class SmallResNet(nn.Module):
@@ -107,7 +111,7 @@ class SmallResNet(nn.Module):
             rest = [BasicBlock(out, out, 1, shortcut) for _ in range(blocks - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
             channels = out
-        self.linear = nn.Linear(channels, classes) if classes else nn.Identity()
+        self.linear = precise.Float32Linear(channels, classes) if classes else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -203,7 +207,7 @@ class HeadedClassifier(nn.Module):
         self.encoder = encoder
         self.num_features = features_of(encoder)
         self.head = projection_layers(self.num_features, layers + 1, 1)[:layers]
-        self.linear = nn.Linear(self.num_features, classes) if classes else nn.Identity()
+        self.linear = precise.Float32Linear(self.num_features, classes) if classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.linear(self.head(self.encoder(x)))

@@ -24,6 +24,7 @@ class Description:
     """What stands in model.json: all that is needed to use the weights.
 
     `arch` and `options` make the network (`architectures.create`), `input` is what it takes, `training` says how it came about.
+    `temperature`: that at which the softmax of the stored network's logits is its probabilities; `network.load` divides by it.
     A model pre-trained without labels has no `classes`: it is an encoder with the `projection` head of so many `layers` and
     `out`puts.
     """
@@ -34,6 +35,7 @@ class Description:
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     projection: dict[str, int] | None = None
+    temperature: float = 1.0
 
     def trained(self, steps: int, batch: int, labelled: int, unlabelled: int, note: str | None, *, macs: int) -> "Description":
         """The description after further training: steps and compute add up, and images seen in an earlier training stay seen.

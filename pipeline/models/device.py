@@ -28,6 +28,11 @@ class Device:
             pixels = pixels.pin_memory()
         return pixels.to(self.device, non_blocking=True)
 
+    @property
+    def precision(self) -> str:
+        """`float32` or `bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -35,7 +40,8 @@ class Device:
 def pick(machine: Machine) -> Device:
     """The device that `machine` asks for; sets torch's thread count. Raises UserError for a device that is not there."""
     torch.set_num_threads(machine.cores(machine.threads))
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("highest")  # TF32 would cut a float32 classifier's inputs to three digits
+    torch.backends.cudnn.allow_tf32 = False
     name = machine.device if machine.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and ranks.launched():
         name = f"cuda:{ranks.local_rank()}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.models import precise
 
 OPTION = "exits"
 """The key of a model's options: `all` makes an `Exits`, a number the `Cut` at that exit; without it the network is ordinary."""
@@ -160,7 +161,7 @@ class Branch(nn.Module):
     def __init__(self, shapes: Sequence[Shape], classes: int) -> None:
         super().__init__()
         self.bottlenecks = nn.Sequential(*(bottleneck(a.channels, b.channels, a.side // b.side) for a, b in pairwise(shapes)))
-        self.linear = nn.Linear(shapes[-1].channels, classes)
+        self.linear = precise.Float32Linear(shapes[-1].channels, classes)
 
     def classify(self, features: Tensor) -> Tensor:
         """(B, F, H, W) -> (B, classes)."""

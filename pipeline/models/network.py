@@ -47,8 +47,8 @@ def start(
     `init` is a model directory, whose network `network` must be (None: whatever it is); a checkpoint file for `network`
     (safetensors, or a .pth/.th that holds only tensors); or data/scratch. A classifier of other classes is left behind. Of a
     network with several exits the part up to `exit` is taken, by default the deepest. `from_layer`: after which layer of a
-    pre-trained model's projection head the classifier stands, 0 for the encoder alone; it starts at zero. Raises
-    CheckpointError, ModelError, ExitError or ArtifactError.
+    pre-trained model's projection head the classifier stands, 0 for the encoder alone; it starts at zero. Logits stay as they
+    are stored, at the temperature of the description. Raises CheckpointError, ModelError, ExitError or ArtifactError.
     """
     torch.manual_seed(seed)
     if init.is_dir():
@@ -61,7 +61,8 @@ def start(
         description, state = _up_to(exit, described, checkpoint.weights(init), init)
         model = architectures.create(description.arch, len(classes), description.options)
         _take_over(model, state, str(init), _same(description, classes), classes)
-        return model, replace(description, classes=classes)
+        temperature = description.temperature if _same(description, classes) else 1.0
+        return model, replace(description, classes=classes, temperature=temperature)
     _refuse_layer(from_layer, init)
     if network is None:
         raise CheckpointError(f"`model` is required where `init` is not a model directory but {init}.")
@@ -100,23 +101,49 @@ def start_exits(network: Network | None, init: Path, classes: tuple[str, ...], s
 def load(folder: Path, classes: tuple[str, ...], exit: int | None = None) -> tuple[nn.Module, Description, inputs.Input]:
     """The trained network of a model directory as an ordinary classifier; of one with exits, up to `exit` (null: the deepest).
 
+    Its logits and its description are at temperature 1, whatever it was trained at: their softmax is its probabilities.
     Raises CheckpointError if it does not tell `classes` apart, in that order; ExitError if it has no such exit.
     """
     description, state = _up_to(exit, _of(folder, classes), checkpoint.weights(folder), folder)
     model = architectures.create(description.arch, len(classes), description.options)
     checkpoint.fill(model, state, str(folder))
-    return model, description, description.input
+    _cool(model, description.temperature)
+    return model, replace(description, temperature=1.0), description.input
 
 
 def load_exits(folder: Path, classes: tuple[str, ...]) -> exits.Exits | None:
-    """The trained network of a model directory with all its exits; None if it has no exits."""
+    """The trained network of a model directory with all its exits, at temperature 1; None if it has no exits."""
     description = _of(folder, classes)
     if not exits.are_all(description.options):
         return None
     model = architectures.create(description.arch, len(classes), description.options)
     assert isinstance(model, exits.Exits)
     checkpoint.fill(model, checkpoint.weights(folder), str(folder))
+    _cool(model, description.temperature)
     return model
+
+
+def trained_at(description: Description, temperature: float) -> Description:
+    """The description of a network after training with a loss that reads its logits at `temperature`.
+
+    Below 1 the target is nearly one class, and a network fits it with logits as small as the temperature: they are its
+    probabilities there. Above 1 the logits match the teacher's own, so they are read at 1, as is the custom. Raises
+    CheckpointError for an ensemble below 1: a mean of probabilities has no layer to divide.
+    """
+    temperature = min(1.0, temperature)
+    if temperature < 1 and description.arch == architectures.ENSEMBLE:
+        raise CheckpointError(f"`loss.temperature` is {temperature}, but an ensemble can only be trained at 1 or more.")
+    return replace(description, temperature=temperature)
+
+
+def _cool(model: nn.Module, temperature: float) -> None:
+    """Divide all logits of a classifier by `temperature`, in the parameters of its last layers."""
+    if temperature != 1:
+        heads = architectures.heads(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.startswith(heads):
+                    parameter.div_(temperature)
 
 
 def _of(folder: Path, classes: tuple[str, ...]) -> Description:

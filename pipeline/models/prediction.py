@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pipeline.models import inputs
+from pipeline.models import inputs, precise
 from pipeline.models.device import Device
 
 BATCH = 256
@@ -54,7 +54,7 @@ def folded(model: nn.Module) -> nn.Module:
     """
     model.eval()
     try:
-        traced = torch.fx.symbolic_trace(model)
+        traced = torch.fx.GraphModule(model, precise.Tracer().trace(model))
     except Exception:  # control flow that depends on data: such a model runs unfolded
         return model
     modules = dict(traced.named_modules())
@@ -76,14 +76,17 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 def checker(
-    pixels: inputs.Pixels, labels: np.ndarray, input_spec: inputs.Input, device: Device
+    pixels: inputs.Pixels, labels: np.ndarray, input_spec: inputs.Input, device: Device, temperature: float = 1.0
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that measures a model on labelled images: `top1` in 0..1 and `nll`, the mean cross entropy in nats."""
+    """A function that measures a model on labelled images: `top1` in 0..1 and `nll`, the mean cross entropy in nats.
+
+    `temperature`: at which its logits are probabilities.
+    """
     wanted = torch.from_numpy(labels)
 
     def check(model: nn.Module) -> dict[str, float]:
         out = torch.cat([batch for _, batch in logits(model, pixels, input_spec, device)])
         top1 = (out.argmax(1) == wanted).double().mean()
-        return {"top1": float(top1), "nll": float(F.cross_entropy(out, wanted))}
+        return {"top1": float(top1), "nll": float(F.cross_entropy(out / temperature, wanted))}
 
     return check

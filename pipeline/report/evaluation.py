@@ -57,6 +57,14 @@ class Measured(BaseModel):
     reliability: list[tuple[int, float, float]] = []
 
 
+class Calibration(BaseModel):
+    """`temperature`: fitted on holdout's nll; `val`'s figures where the logits are divided by it."""
+
+    temperature: float
+    val_ece: float
+    val_nll: float
+
+
 class Way(BaseModel):
     """A way to use a network with several exits: one of them by its number, their `ensemble`, or `early`."""
 
@@ -104,7 +112,7 @@ class Speed(BaseModel):
 
 
 class Evaluation(BaseModel):
-    """evaluation.json. What was not measured is left out of it."""
+    """evaluation.json. What was not measured is left out of it. `dtype`: in which the network's products were computed."""
 
     model: Model
     training: TrainingFacts
@@ -113,19 +121,22 @@ class Evaluation(BaseModel):
     exits: ExitComparison | None = None
     corruptions: Corruptions | None = None
     speed: Speed | None = None
+    calibration: Calibration | None = None
+    dtype: str | None = None
 
     @model_serializer(mode="wrap")
     def _what_was_measured(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        absent = {name for name in ("exits", "corruptions", "speed") if getattr(self, name) is None}
+        absent = {name for name in ("exits", "corruptions", "speed", "calibration", "dtype") if getattr(self, name) is None}
         return {name: value for name, value in handler(self).items() if name not in absent}
 
     def figures(self) -> dict[str, float]:
-        """The numbers of `val` and `holdout`, by `val_top1`, `holdout_nll`, ..."""
+        """The numbers by `val_top1`, `holdout_nll`, ..., and those of `calibration` by `calibrated_val_ece`, ..."""
+        calibrated = self.calibration.model_dump() if self.calibration else {}
         return {
             f"{split}_{name}": value
             for split, measured in (("val", self.val), ("holdout", self.holdout))
             for name, value in measured.model_dump(exclude={"per_class", "reliability"}).items()
-        }
+        } | {f"calibrated_{name}": value for name, value in calibrated.items()}
 
 
 def write(folder: Path, evaluation: Evaluation, predictions: pa.Table, confusion: pa.Table, history: bytes) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from pipeline.models import architectures, device, exits, inputs, prediction
 from pipeline.models.inputs import Input, Pixels
 from pipeline.report import corruptions
-from pipeline.report.evaluation import ExitComparison, Measured, Point, Way
+from pipeline.report.evaluation import Calibration, ExitComparison, Measured, Point, Way
 from pipeline.report.statistics import reliability, wilson
 
 THRESHOLDS = (0.0, *(i / 20 for i in range(2, 20)), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01)
 """Confidences at which an image may leave; at the last none does before the deepest exit."""
 ROUNDS = 5  # of a measurement of time; the fastest counts, as other work on the machine can only slow one down
+WIDEST = 20.0  # a temperature; holdout answered without a mistake would have none
 TIMED = 8 * prediction.BATCH  # images of a round
 
 
@@ -45,6 +46,22 @@ def measure(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Measure
         per_class=per_class,
         reliability=bins,
     )
+
+
+def calibrate(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], classes: tuple[str, ...]) -> Calibration:
+    """`val`'s calibration at the temperature of 1/`WIDEST`..`WIDEST` that has the least nll on `holdout` ((N, C), (N,) each)."""
+    held_out = logits["holdout"].double()
+
+    def nll(log_t: float) -> float:
+        return float(F.cross_entropy(held_out / math.exp(log_t), labels["holdout"]))
+
+    low, high = -math.log(WIDEST), math.log(WIDEST)  # nll is convex in 1/T, so it has one minimum
+    while high - low > 1e-4:
+        a, b = low + 0.381966 * (high - low), high - 0.381966 * (high - low)
+        low, high = (low, b) if nll(a) <= nll(b) else (a, high)
+    temperature = math.exp((low + high) / 2)
+    val = measure(logits["val"] / temperature, labels["val"], classes)
+    return Calibration(temperature=temperature, val_ece=val.ece, val_nll=val.nll)
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: tuple[str, ...]) -> pa.Table:

@@ -51,6 +51,12 @@ COLUMNS = (
         lambda e: percent(e.evaluation.val.ece),
     ),
     Column(
+        "calibrated ECE %",
+        "ECE where logits are divided by the one temperature that fits the held-out images best.",
+        lambda e: "–" if e.evaluation.calibration is None else percent(e.evaluation.calibration.val_ece),
+        False,
+    ),
+    Column(
         "holdout %",
         "Top-1 on the held-out labelled images, where choices are made.",
         lambda e: percent(e.evaluation.holdout.top1),

@@ -41,7 +41,7 @@ class Distil(Section):
     """How far the student is from the teacher."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Below 1 adds hard labels, as SimCLRv2 does where there are many: alpha times the divergence on all images, and 1 - alpha
-    times the cross entropy of the labelled ones, both averaged over the batch."""
+    times the cross entropy of the labelled ones (at the loss's temperature if below 1), both averaged over the batch."""
     labels: manifest.Amount | None = None
     """With `alpha` below 1: only so many of the labels, as in `teach`; null: all."""
     teacher_bn: Literal["eval", "batch"] = "eval"
@@ -85,8 +85,9 @@ def run(
     held_out = manifest.read(holdout)
     on = device.pick(job.machine)
     student, description = network.start(params.model, init, labelled.classes, job.seed, from_layer=params.from_layer)
-    input_spec = description.input
-    taught_by = read(teacher, labelled.classes, seen, on, params.teacher_bn)
+    description = network.trained_at(description, params.loss.temperature)
+    input_spec, temperature = description.input, description.temperature
+    taught_by = read(teacher, labelled.classes, seen, on, params.loss, params.teacher_bn)
     known = taught_by.training.get("labelled", 0)
     if params.alpha < 1:
         part = labelled if params.labels is None else manifest.balanced(labelled, params.labels, job.seed)
@@ -94,17 +95,18 @@ def run(
         known = max(known, len(part) if params.labels is not None else len(labelled) + len(held_out))
 
     def divergence(model: nn.Module, batch: views.Batch) -> Tensor:
-        t = taught_by.logits(batch)  # B, C
+        t = taught_by.answers(batch)
         s = model(inputs.normalise(batch.views, input_spec))
         value = params.loss(s, t)
         if params.alpha < 1:
-            value = params.alpha * value + (1 - params.alpha) * cross_entropy(s, hard[batch.rows].to(on.device))
+            value = params.alpha * value + (1 - params.alpha) * cross_entropy(s / temperature, hard[batch.rows].to(on.device))
         return value
 
     view = params.view or taught_by.view
     pixels = inputs.load(seen, taught_by.canvas(input_spec, view.whole), job.machine, "images", view.whole)
     viewer = taught_by.viewer(max(input_spec.size, taught_by.size), view, job.seed, inputs.aspects(seen), params.mix)
-    check = prediction.checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
+    measured_on = inputs.load(held_out, input_spec.side, job.machine, "holdout")
+    check = prediction.checker(measured_on, held_out.labels(), input_spec, on, temperature)
     trained = fit.fit(student, divergence, pixels, viewer, params.training, check, job=job, device=on, label="distilling")
     counts = Counts(len(seen), known, unlabelled)
     note = taught_by.training.get("note")

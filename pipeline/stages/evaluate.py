@@ -16,6 +16,7 @@ from pipeline.models.exits import ExitError
 from pipeline.report import corruptions
 from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Speed, TrainingFacts, write
 from pipeline.report.measure import (
+    calibrate,
     cheapest,
     compare_exits,
     confusion,
@@ -61,10 +62,11 @@ def run(
     """Write `evaluation.json`, `confusion.csv` and the predictions on `val`, and the model's learning history.
 
     Accuracies lie in 0..1, with Wilson's 95 % interval; `nll` is in nats; `ece` is the expected calibration error over 15 bins
-    of equal width. Raises CheckpointError if the model's classes are not the training set's, ExitError if it has no such exit.
+    of equal width. The network runs in float32 whatever `machine.precision`, but where it is timed. Raises CheckpointError if the
+    model's classes are not the training set's, ExitError if it has no such exit.
     """
     classes = manifest.read(train).classes
-    on = device.pick(machine)
+    on = device.pick(machine.model_copy(update={"precision": "float32"}))
     number = params.exit if isinstance(params.exit, int) else None
     classifier, description, input_spec = network.load(model, classes, number)
     whole = network.load_exits(model, classes)
@@ -97,6 +99,8 @@ def run(
         training=TrainingFacts(**made_from, **description.training),
         val=measured["val"],
         holdout=measured["holdout"],
+        calibration=calibrate(logits, labels, classes),
+        dtype=on.precision,
     )
     metrics: dict[str, Any] = {"n": evaluation.val.n}
     metrics |= {name: value for name, value in evaluation.figures().items() if not name.endswith("_n")}
@@ -113,11 +117,12 @@ def run(
         evaluation.corruptions = Corruptions(severities=list(corruptions.SEVERITIES), **harmed)
         metrics |= {f"{name}_corrupted_top1": float(np.mean(list(shares.values()))) for name, shares in harmed.items()}
     if params.timing:
-        speeds = images_per_second({name: on.place(m) for name, m in timed.items()}, pixels["val"], input_spec, on)
+        fast = device.pick(machine)
+        speeds = images_per_second({name: fast.place(m) for name, m in timed.items()}, pixels["val"], input_spec, fast)
         journal.log(None, **{f"images_per_second_{name}": speed for name, speed in speeds.items()})
-        dtype, threads = str(on.dtype).removeprefix("torch."), torch.get_num_threads()
+        threads, batch = torch.get_num_threads(), prediction.BATCH
         evaluation.speed = Speed(
-            device=str(on.device), dtype=dtype, threads=threads, batch=prediction.BATCH, images_per_second=speeds
+            device=str(fast.device), dtype=fast.precision, threads=threads, batch=batch, images_per_second=speeds
         )
     with artifact.writing(out) as tmp:
         named = confusion(logits["val"].argmax(1), labels["val"], classes)

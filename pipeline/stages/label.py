@@ -4,17 +4,19 @@ import functools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.harness import shards, stage
 from pipeline.harness.machine import Machine
 from pipeline.learning import labels
+from pipeline.learning.labels import Best
 from pipeline.learning.teachers import Cached, Online
 from pipeline.learning.views import Batch, View
 from pipeline.models import device, inputs, prediction
@@ -38,7 +40,9 @@ class Label(Section):
     views: PositiveInt = 4
     """Views of each image; a training of more passes sees them again."""
     m: PositiveInt = 10
-    """How many classes to keep of each, the best; at most all."""
+    """How many classes to keep of each, the best; at most all. The others count as one."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """The `loss.temperature` of the students, at which the classes that are not kept are summed; with all kept any will do."""
     view: View = View()
     """How views are cut, by a name in `views`; a student of these labels names an equal one."""
 
@@ -57,7 +61,8 @@ def run(
     """Write the teacher's labels of a few views of each image (`pipeline.learning.labels` has the format).
 
     A `distil` entry whose `teacher` is this artifact replays exactly these views. Shards that a killed run has finished are not
-    labelled again. Raises CheckpointError; UserError, and labels all anew the next time, if the check finds another probability
+    labelled again. `mean_rest` is what the classes that are not kept have together at the temperature, on a sample: where it is
+    large, raise `m`. Raises CheckpointError; UserError, and labels all anew the next time, if the check finds another probability
     than the file holds.
     """
     identities = tuple(artifact.identity(path) for path in (chosen, train, teacher))
@@ -72,10 +77,12 @@ def run(
         side=expert.input_spec.canvas_of(params.view.whole),
         size=expert.size,
         training=expert.training,
+        temperature=params.temperature,
+        precision=expert.on.precision,
     )
     with artifact.writing(out) as tmp:
         labels.write(tmp, [artifact.verify(folder) for folder in folders], facts)
-        gap = _gap(expert, Cached(tmp, labelled.classes, seen, expert.on, "eval"), pixels, params, seed)
+        gap, rest = _gap(expert, Cached(tmp, labelled.classes, seen, expert.on, "eval"), pixels, params, seed)
         if gap > TOLERANCE:
             for folder in folders:
                 shutil.rmtree(folder)
@@ -84,7 +91,7 @@ def run(
                 f"(at most {TOLERANCE} is rounding), as where a run is killed on one device or precision and ends on another. "
                 "All labels made so far are removed: run the stage again, to make them all in one way."
             )
-    return {"images": len(seen), "views": params.views, "largest_gap": gap}
+    return {"images": len(seen), "views": params.views, "largest_gap": gap, "mean_rest": rest}
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class Labelling:
         expert, pixels, (seen, labelled, _) = self.opened()
         rows = np.arange(shard.first, shard.last)
         ids, m = seen.table["id"].slice(shard.first, len(rows)), min(self.params.m, len(labelled.classes))
-        table = labels.table(ids, _logits(expert, pixels, rows, self.params, self.seed), m)
+        table = labels.table(ids, _logits(expert, pixels, rows, self.params, self.seed), m, self.params.temperature)
         with artifact.writing(shard.folder) as tmp:
             pq.write_table(table, tmp / labels.FILE)
         return len(rows)
@@ -132,21 +139,23 @@ def _logits(expert: Online, pixels: inputs.OnDisk, rows: np.ndarray, params: Lab
         for number in range(params.views):
             passes = np.full(len(whole), number)
             seen = Batch(views(canvases, whole, passes), whole, passes)
-            by_view[number].append(expert.logits(seen)[: len(part)].cpu())
+            by_view[number].append(expert.answers(seen)[: len(part)].cpu())
     return [torch.cat(batches) for batches in by_view]
 
 
-def _gap(expert: Online, cached: Cached, pixels: inputs.OnDisk, params: Label, seed: int) -> float:
-    """The largest difference of a kept probability between the file and the teacher, on views made anew in another order."""
+def _gap(expert: Online, cached: Cached, pixels: inputs.OnDisk, params: Label, seed: int) -> tuple[float, float]:
+    """The largest difference of a probability between the file and the teacher, at the temperature of the labels, on views made
+    anew in another order, where the classes that are not kept count as one; and the mean of what these have."""
     count = min(CHECKED, len(pixels))
     random = np.random.default_rng(seed)
     rows, passes = random.permutation(len(pixels))[:count], random.integers(0, params.views, count)
     aspects = inputs.aspects(pixels.manifest)
     views = cached.viewer(expert.size, params.view, seed, aspects)(expert.on.batch(pixels.gather(rows)), rows, passes)
     batch = Batch(views, rows, passes)
-    kept = torch.from_numpy(cached.classes[rows, passes].astype(np.int64)).to(expert.on.device)
-    said, again = (t.logits(batch).softmax(1).gather(1, kept) for t in (cached, expert))
-    return float((said - again).abs().max())
+    said, again = cached.answers(batch), expert.answers(batch)
+    log_p, log_q = said.cells(again) if isinstance(said, Best) else (said, again.log_softmax(1))
+    rest = float(log_p[:, -1].exp().mean()) if isinstance(said, Best) else 0.0
+    return float((log_p.exp() - log_q.exp()).abs().max()), rest
 
 
 if __name__ == "__main__":

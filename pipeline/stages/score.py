@@ -38,14 +38,18 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, wor
     """
     classes = manifest.read(train).classes
     scoring = Scoring(pool, artifact.identity(pool), teacher, artifact.identity(teacher), classes, params.m, machine)
-    count = len(scoring.opened()[1])  # a teacher that does not fit is found here, not by a worker
+    _, pixels, _, on = scoring.opened()  # a teacher that does not fit is found here, not by a worker
+    count = len(pixels)
     if not count:
         raise UserError(
             f"{pool} holds no image: there is nothing to score. Look into data/prepare/quarantine and data/dedup/leaks."
         )
     folders = shards.finished(scoring, count, SHARD, workdir, machine.executor, "images", "scoring")
     sure = 0.0
-    with artifact.writing(out) as tmp, scores.writer(tmp, scoring.stored, classes, scoring.pool_identity) as writer:
+    with (
+        artifact.writing(out) as tmp,
+        scores.writer(tmp, scoring.stored, classes, scoring.pool_identity, on.precision) as writer,
+    ):
         for folder in folders:
             table = pq.read_table(artifact.verify(folder) / scores.FILE)
             top = np.exp(table["logit_0"].to_numpy() - table[scores.LOGSUMEXP].to_numpy())

@@ -81,7 +81,8 @@ def run(
     held_out = manifest.read(holdout)
     on = device.pick(job.machine)
     student, description = network.start_exits(params.model, init, labelled.classes, job.seed)
-    input_spec = description.input
+    description = network.trained_at(description, 1 if from_labels else params.loss.temperature)
+    input_spec, temperature = description.input, description.temperature
     aspects, size, frozen = inputs.aspects(seen), input_spec.size, list[tuple[nn.Module, int]]()
     if from_labels:
         labels, smoothing = torch.from_numpy(seen.labels()), params.training.smoothing
@@ -93,13 +94,13 @@ def run(
             y = labels[batch.rows].to(on.device)  # B
             return lambda s: F.cross_entropy(s.float(), y, label_smoothing=smoothing)
     else:
-        taught_by = read(teacher, labelled.classes, seen, on)
+        taught_by = read(teacher, labelled.classes, seen, on, params.loss)
         view = params.view or taught_by.view
         side, frozen, origin = taught_by.canvas(input_spec, view.whole), taught_by.networks, taught_by.training
         viewer = taught_by.viewer(max(size, taught_by.size), view, job.seed, aspects)
 
         def target(batch: views.Batch) -> Target:
-            t = taught_by.logits(batch)  # B, C
+            t = taught_by.answers(batch)
             return lambda s: params.loss(s, t)
 
     def loss(model: nn.Module, batch: views.Batch) -> Tensor:
@@ -107,7 +108,8 @@ def run(
         return objective(exited, target(batch), params.alpha, params.lambda_, params.temperature)
 
     pixels = inputs.load(seen, side, job.machine, "images", view.whole)
-    check = checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
+    measured_on = inputs.load(held_out, input_spec.side, job.machine, "holdout")
+    check = checker(measured_on, held_out.labels(), input_spec, on, temperature)
     trained = fit.fit(student, loss, pixels, viewer, params.training, check, job=job, device=on, label="self-distilling")
     counts = Counts(len(seen), origin.get("labelled", 0), 0 if from_labels else unlabelled)
     note = origin.get("note")
@@ -136,16 +138,19 @@ def objective(exited: Exited, target: Target, alpha: float, lambda_: float, temp
 
 
 def checker(
-    pixels: inputs.Pixels, labels: np.ndarray, input_spec: inputs.Input, on: device.Device
+    pixels: inputs.Pixels, labels: np.ndarray, input_spec: inputs.Input, on: device.Device, temperature: float = 1.0
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that measures all exits: `top1` (0..1) and `nll` (nats) of the deepest, `top1_exit1` ... of those before it."""
+    """A function that measures all exits: `top1` (0..1) and `nll` (nats) of the deepest, `top1_exit1` ... of those before it.
+
+    `temperature`: at which their logits are probabilities.
+    """
     wanted = torch.from_numpy(labels)
 
     def check(model: nn.Module) -> dict[str, float]:
         out = torch.cat([batch for _, batch in prediction.logits(exits.Stacked(model), pixels, input_spec, on)])  # N, exits, C
         right = (out.argmax(2) == wanted[:, None]).double().mean(0)
         *before, top1 = right.tolist()
-        nll = float(F.cross_entropy(out[:, -1], wanted))
+        nll = float(F.cross_entropy(out[:, -1] / temperature, wanted))
         return {"top1": top1, "nll": nll, **{f"top1_exit{i}": share for i, share in enumerate(before, 1)}}
 
     return check

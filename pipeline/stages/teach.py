@@ -57,8 +57,11 @@ def run(params: Teach, *, train: Path, holdout: Path, init: Path, out: Path, job
         known = len(labelled)
     on = device.pick(job.machine)
     model, description = network.start(params.model, init, labelled.classes, job.seed, params.exit, params.from_layer)
-    input_spec = description.input
-    check = prediction.checker(inputs.load(held_out, input_spec.side, job.machine, "holdout"), held_out.labels(), input_spec, on)
+    if params.training is not None:
+        description = network.trained_at(description, 1)
+    input_spec, temperature = description.input, description.temperature
+    measured_on = inputs.load(held_out, input_spec.side, job.machine, "holdout")
+    check = prediction.checker(measured_on, held_out.labels(), input_spec, on, temperature)
     if params.training is None:
         trained = fit.as_it_comes(on.place(model), check)
     else:

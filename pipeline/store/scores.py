@@ -34,12 +34,13 @@ def table(classes: np.ndarray, logits: np.ndarray, logsumexp: np.ndarray) -> pa.
     return pa.table(columns, schema=schema(classes.shape[1]))
 
 
-def writer(folder: Path, m: int, classes: Sequence[str], manifest: str) -> pq.ParquetWriter:
+def writer(folder: Path, m: int, classes: Sequence[str], manifest: str, precision: str) -> pq.ParquetWriter:
     """What writes tables of scores into the artifact being made at `folder`.
 
-    `classes`: the teacher's. `manifest`: the identity of the one whose images are scored.
+    `classes`: the teacher's. `manifest`: the identity of the one whose images are scored. `precision`: in which the network ran
+    before its classifier, which is float32 always.
     """
-    about = {"classes": json.dumps(classes), "manifest": manifest}
+    about = {"classes": json.dumps(classes), "manifest": manifest, "precision": precision}
     return pq.ParquetWriter(folder / FILE, schema(m).with_metadata(about), compression="zstd")
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pipeline.learning.labels import Best
 from pipeline.learning.losses import SoftLoss
 
 
@@ -112,3 +113,32 @@ def test_dist_counts_a_rare_class_as_much_as_any_other() -> None:
     teacher[:, 0] -= 30
     assert SoftLoss(name="dist")(teacher, teacher).item() == pytest.approx(0, abs=1e-5)
     assert SoftLoss(name="dist")(torch.zeros(64, 10), teacher).item() == pytest.approx(2)  # a student without an opinion
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["sym_kl", "js", "kl", "soft_ce"])
+def test_classes_that_are_not_kept_count_as_one(name: str, temperature: float) -> None:
+    """The formula over m + 1 probabilities at the temperature, the last one the sum of the others', of both."""
+    random = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 7, 11, generator=random, dtype=torch.float64)
+    log_p, best = teacher.log_softmax(1).topk(4)
+    rest = (teacher.log_softmax(1) / temperature).scatter(1, best, -torch.inf).logsumexp(1)
+    expected = 0.0
+    for s, t, kept in zip(student.tolist(), teacher.tolist(), best.tolist(), strict=True):
+        q, p = probabilities(s, temperature), probabilities(t, temperature)
+        q, p = ([x[i] for i in kept] + [sum(v for i, v in enumerate(x) if i not in kept)] for x in (q, p))
+        expected += naive(name, [math.log(x) for x in q], [math.log(x) for x in p], 1.0)
+    loss = SoftLoss(name=name, temperature=temperature)  # type: ignore[arg-type]
+    value = loss(student.float(), Best(best, log_p.float(), rest.float(), temperature))
+    assert value.item() == pytest.approx(temperature**2 * expected / 7, rel=1e-5)
+
+
+def test_a_student_that_agrees_with_the_whole_distribution_is_left_alone() -> None:
+    """What is left was divided evenly once: that pulled a student away from its teacher, by more the higher T."""
+    teacher = 4 * torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    log_p, best = teacher.log_softmax(1).topk(10)
+    rest = (teacher.log_softmax(1) / 4).scatter(1, best, -torch.inf).logsumexp(1)
+    student = teacher.clone().requires_grad_()
+    SoftLoss(name="kl", temperature=4.0)(student, Best(best, log_p, rest, 4.0)).backward()
+    assert student.grad is not None
+    assert student.grad.norm().item() < 1e-5

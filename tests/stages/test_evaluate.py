@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from pipeline.harness.journal import Journal
+from pipeline.harness.machine import Machine
 from pipeline.models import architectures, exits, network
 from pipeline.models.exits import ExitError
 from pipeline.report import corruptions, measure, statistics
-from pipeline.stages import evaluate
+from pipeline.report.evaluation import Evaluation, read
+from pipeline.stages import evaluate, score
 from pipeline.store import artifact, manifest
 from tests.tiny import MACHINE, self_distilled, taught
 
@@ -197,3 +199,21 @@ def test_without_times_an_evaluation_has_the_same_bits_again(data: Path, tmp_pat
     _, timed = evaluated(data, tmp_path / "byot", tmp_path / "c", timing=True)
     assert list(timed["speed"]["images_per_second"]) == ["1", "2", "3", "ensemble", "early"]
     assert network.load_exits(tmp_path / "byot", CLASSES) is not None
+
+
+def test_records_say_the_dtype_and_evaluation_is_float32(data: Path, tmp_path: Path) -> None:
+    half_precision = MACHINE.model_copy(update={"precision": "bfloat16"})
+    model = taught(data, tmp_path / "model")
+    paths = {"pool": data / "pool", "train": data / "train", "teacher": model}
+    score.run(score.Score(teacher="-"), **paths, out=tmp_path / "scores", workdir=tmp_path / "w", machine=half_precision)
+    about = pq.read_schema(tmp_path / "scores" / "scores.parquet").metadata
+    assert about[b"precision"] == b"bfloat16"
+
+    def measured(machine: Machine, out: Path) -> Evaluation:
+        paths = {"train": data / "train", "val": data / "val", "holdout": data / "holdout", "model": model, "out": out}
+        evaluate.run(evaluate.Evaluate(model="-"), **paths, journal=Journal(), machine=machine)
+        return read(out)
+
+    half, single = measured(half_precision, tmp_path / "a"), measured(MACHINE, tmp_path / "b")
+    assert half == single
+    assert half.dtype == "float32"

@@ -11,11 +11,13 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.learning import labels, teachers, views
+from pipeline.learning.labels import Best
+from pipeline.learning.losses import SoftLoss
 from pipeline.learning.views import Batch
 from pipeline.models import device, inputs
 from pipeline.stages import label
 from pipeline.store import manifest
-from tests.tiny import MACHINE, TRAINING, distilled, taught
+from tests.tiny import MACHINE, TRAINING, distilled, self_distilled, taught
 
 VIEW = {"kind": "shift", "pad": 2, "brightness": 0.2}
 
@@ -60,19 +62,46 @@ def test_views_repeat_after_the_last(data: Path, expert: Path, tmp_path: Path) -
         first = Batch(make(raw, rows, np.zeros(5, int)), rows, np.zeros(5, int))
         later = Batch(make(raw, rows, passes), rows, passes)
         assert torch.equal(first.views, later.views) == same
-        assert torch.equal(cached.logits(first), cached.logits(later)) == same
+        said, again = cached.answers(first), cached.answers(later)
+        assert isinstance(said, torch.Tensor)
+        assert isinstance(again, torch.Tensor)
+        assert torch.equal(said, again) == same
 
 
-def test_what_the_best_classes_leave_is_spread_over_the_others(data: Path, expert: Path, tmp_path: Path) -> None:
-    labelled(data, expert, tmp_path / "labels", m=1, views=1)
+def test_what_the_best_classes_leave_is_one_class_at_the_temperature(data: Path, expert: Path, tmp_path: Path) -> None:
+    labelled(data, expert, tmp_path / "labels", m=1, views=1, temperature=4.0)
     seen = manifest.concat([manifest.read(data / "pool"), manifest.read(data / "train")])
-    cached = teachers.Cached(tmp_path / "labels", manifest.read(data / "train").classes, seen, device.pick(MACHINE), "eval")
-    rows = np.arange(len(seen))
-    p = cached.logits(Batch(torch.empty(0), rows, np.zeros(len(rows), int))).softmax(1)
-    assert torch.allclose(p.sum(1), torch.ones(len(seen)), atol=1e-3)
-    best, others = p.max(1).values, p.sort(1).values[:, :2]
-    assert torch.allclose(best, torch.tensor(cached.log_p[:, 0, 0]).float().exp(), atol=1e-3)
-    assert torch.allclose(others[:, 0], others[:, 1])
+    classes, on = manifest.read(data / "train").classes, device.pick(MACHINE)
+    cached = teachers.Cached(tmp_path / "labels", classes, seen, on, "eval")
+    rows, passes = np.arange(len(seen)), np.zeros(len(seen), int)
+    raw = inputs.load(seen, 16, MACHINE, "test").gather(rows)
+    batch = Batch(cached.viewer(16, cached.view, 0, inputs.aspects(seen))(raw, rows, passes), rows, passes)
+    said = cached.answers(batch)
+    assert isinstance(said, Best)
+    logits = teachers.Online(expert, classes, on).answers(batch)
+    log_p, log_q = said.cells(logits)
+    best = (logits / 4).softmax(1).amax(1)
+    assert torch.allclose(log_p.exp(), torch.stack([best, 1 - best], 1), atol=2e-3)
+    assert torch.allclose(log_q.exp(), torch.stack([best, 1 - best], 1), atol=1e-5)
+    assert SoftLoss(name="kl", temperature=4.0)(logits, said).item() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"temperature": 2.0}, r"`loss.temperature` is 2.0, but .* keeps 2 of 3 classes, .* is known at 4.0 alone"),
+        ({"name": "dist", "temperature": 4.0}, r"correlates all classes, but .* keeps 2 of 3 classes. Set `m: 3`"),
+    ],
+)
+def test_a_loss_that_needs_more_than_is_kept_is_refused(
+    data: Path, expert: Path, tmp_path: Path, loss: dict[str, Any], message: str
+) -> None:
+    labelled(data, expert, tmp_path / "labels", m=2, views=1, temperature=4.0)
+    for train in (distilled, self_distilled):
+        with pytest.raises(teachers.LabelsError, match=message):
+            train(data, tmp_path / "student", tmp_path / "labels", chosen=data / "pool", loss=loss)
+    labelled(data, expert, tmp_path / "all", m=3, views=1, temperature=4.0)
+    distilled(data, tmp_path / "student", tmp_path / "all", loss=loss)
 
 
 def test_finished_shards_are_not_labelled_again(

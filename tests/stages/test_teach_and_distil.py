@@ -10,14 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.harness.journal import Journal
 from pipeline.learning import losses
 from pipeline.learning import teachers as soft_labels
 from pipeline.models import architectures, checkpoint, device, inputs, network, prediction
 from pipeline.models.checkpoint import CheckpointError
-from pipeline.stages import distil, score
+from pipeline.report import evaluation
+from pipeline.stages import distil, evaluate, score
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import decode
-from tests.tiny import MACHINE, SMALL, TRAINING, distilled, scored, taught
+from tests.tiny import MACHINE, SMALL, TRAINING, distilled, scored, self_distilled, taught
 
 
 def test_teach_is_a_function_of_params_and_seed(data: Path, tmp_path: Path) -> None:
@@ -37,6 +39,20 @@ def test_teach_without_training_brings_a_model_in_unchanged(data: Path, tmp_path
     ours = network.load(out, ("ant", "bee", "cat"))[0].eval()
     x = torch.randn(4, 3, 16, 16)
     assert torch.allclose(ours(x), theirs.eval()(x)[:, [2, 1, 0]], atol=1e-6)
+
+
+def test_a_student_at_a_low_temperature_is_read_at_it(data: Path, tmp_path: Path) -> None:
+    teacher, cold = taught(data, tmp_path / "teacher"), {"name": "soft_ce", "temperature": 0.1}
+    distilled(data, tmp_path / "student", teacher, loss=cold, alpha=0.5)
+    assert checkpoint.describe(tmp_path / "student").temperature == 0.1
+    during = json.loads((tmp_path / "student" / "history.json").read_text())["holdout"][-1]["nll"]
+    paths = {"train": data / "train", "val": data / "val", "holdout": data / "holdout", "model": tmp_path / "student"}
+    evaluate.run(evaluate.Evaluate(model="-"), **paths, out=tmp_path / "e", journal=Journal(), machine=MACHINE)
+    assert evaluation.read(tmp_path / "e").holdout.nll == pytest.approx(during, abs=1e-5)
+    kept = taught(data, tmp_path / "kept", init_path=tmp_path / "student", model=None, training=None)
+    tuned = taught(data, tmp_path / "tuned", init_path=tmp_path / "student", model=None)
+    self_distilled(data, tmp_path / "exits", teacher, loss=cold)
+    assert [checkpoint.describe(m).temperature for m in (kept, tuned, tmp_path / "exits")] == [0.1, 1, 0.1]
 
 
 def test_distil_reads_no_label_of_the_images_it_trains_on(data: Path, tmp_path: Path) -> None:
