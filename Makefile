@@ -9,7 +9,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test check lint deps lock clean help
+.PHONY: run test check lint deps docs lock clean help
 
 help:  ## show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -43,6 +43,9 @@ lint: $(STAMP)  ## ruff, mypy, import-linter
 
 deps: $(STAMP)  ## write the code that each stage depends on into dvc.yaml
 	python -m tests.deps
+
+docs: run  ## write the demo's table in docs/results.md anew, from a run of params.yaml at the last commit
+	python -m benchmarks.docs --run data/compare/results
 
 lock:  ## write requirements.lock anew from pyproject.toml
 	$(BIN)/python -m pip install -q uv

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 
 from benchmarks.dedup import families
-from benchmarks.dedup.peers import Exhaustive, Hashes, imagededup_bits, imagehash_bits
 from pipeline.harness import progress
 from pipeline.leaks import features, index, search, verdict
 from pipeline.store.decode import decode
@@ -96,6 +95,8 @@ REMOVED, REVIEW = 2.0, 1.0
 
 def recall(images: Path, gallery_size: int, copies: int, seed: int) -> str:
     """The table of recalls per family of copies; the photographs that are not in the gallery are the distractors."""
+    from benchmarks.dedup.peers import Exhaustive, Hashes, imagededup_bits, imagehash_bits  # packages that nothing else needs
+
     photos = photographs(images, seed)
     originals, others = photos[:gallery_size], photos[gallery_size:]
     gallery = [features.extract(image) for image in originals]

@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.harness import shards, stage
 from pipeline.harness.machine import Machine
-from pipeline.models import device, inputs, network, prediction
+from pipeline.models import architectures, device, inputs, network, prediction
 from pipeline.store import artifact, manifest, scores
 from pipeline.store.params import Made, Section
 
@@ -38,13 +38,15 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, wor
     """
     classes = manifest.read(train).classes
     scoring = Scoring(pool, artifact.identity(pool), teacher, artifact.identity(teacher), classes, params.m, machine)
-    count = len(scoring.opened()[1])  # a teacher that does not fit is found here, not by a worker
+    model, pixels, input_spec, _ = scoring.opened()  # a teacher that does not fit is found here, not by a worker
+    count = len(pixels)
     if not count:
         raise UserError(
             f"{pool} holds no image: there is nothing to score. Look into data/prepare/quarantine and data/dedup/leaks."
         )
     folders = shards.finished(scoring, count, SHARD, workdir, machine.executor, "images", "scoring")
     sure = 0.0
+    artifact.spent(count * architectures.macs(model, input_spec.size))
     with artifact.writing(out) as tmp, scores.writer(tmp, scoring.stored, classes, scoring.pool_identity) as writer:
         for folder in folders:
             table = pq.read_table(artifact.verify(folder) / scores.FILE)

@@ -85,7 +85,7 @@ def run(
     side, size, frozen = input_spec.side, input_spec.size, list[tuple[nn.Module, int]]()
     if from_labels:
         labels, smoothing = torch.from_numpy(seen.labels()), params.training.smoothing
-        origin: dict[str, Any] = {"labelled": len(labelled) + len(held_out)}
+        origin: dict[str, Any] = {"labelled": len(seen)}
         viewer = views.viewer(size, params.view or views.View(), job.seed)
 
         def target(batch: views.Batch) -> Target:

@@ -113,5 +113,5 @@ def test_score_label_and_pack_give_the_same_bytes_on_a_cluster(
         monkeypatch.chdir(made)
         outs = {"out": Path("pack"), "tars_out": Path("tars")}
         pack.run(packing, chosen=data / "pool", train=data / "train", **outs, workdir=made / "s3", machine=machine)
-    for out in ("score", "label", "pack", "shards"):
+    for out in ("score", "label", "pack", "tars"):
         assert artifact.identity(tmp_path / "here" / out) == artifact.identity(tmp_path / "there" / out), out

@@ -102,6 +102,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
                 "init": "scratch",
                 "teacher": "teach/teacher" if name in ("ssld", "finetune") else None,
                 "macs": 5_658_720_000_000,
+                "macs_all": 9_000_000_000_000,
                 "steps": 1_200,
                 "batch": 128,
                 "labelled": 5_000,
