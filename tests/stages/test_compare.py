@@ -217,6 +217,13 @@ def test_table_holds_every_entry_in_order_with_its_figures(four: Path) -> None:
     assert {row["note"] for row in rows} == {"", NOTE}
 
 
+def test_the_report_does_not_claim_that_val_was_never_looked_at(four: Path) -> None:
+    out, _ = run(four)
+    page = " ".join((out / "report.html").read_text().split())
+    assert "No choice was made" not in page
+    assert "winnow cannot know how often the validation images were looked at" in page
+
+
 def test_markdown_is_one_aligned_table_with_each_note_once(four: Path) -> None:
     out, _ = run(four)
     lines = (out / "table.md").read_text().splitlines()
