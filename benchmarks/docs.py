@@ -38,11 +38,14 @@ def main() -> None:
 
 
 def checkout() -> str:
-    """The short hash of this checkout. Raises UserError where files differ from it: no commit would have the code."""
-    if subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, check=True, text=True).stdout:
+    """The short hash of this checkout. Raises UserError where files outside of docs/ differ from it: no commit has that code."""
+    if _git("status", "--porcelain", "-uno", "--", ".", ":!docs"):
         raise UserError("files differ from the last commit, so it did not make this run: commit them, or name --commit.")
-    said = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, check=True, text=True)
-    return said.stdout.strip()
+    return _git("rev-parse", "--short=7", "HEAD")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True, text=True).stdout.strip()
 
 
 def figures(run: Path) -> dict[str, Any]:
