@@ -96,8 +96,8 @@ def table(folders: list[Path]) -> str:
     """Markdown: a row per entry of `evaluate`, accuracies in percent as mean ± sample standard deviation over the workspaces."""
     found = [evaluations(folder) for folder in folders]
     lines = [
-        "| entry | val top-1 % | each seed | over baseline | holdout top-1 % | labels | unlabelled | steps |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| entry | val top-1 % | each seed | over baseline | holdout top-1 % | labels learned | to choose | unlabelled | steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry, first in found[0].items():
         val = [100 * f[entry].val.top1 for f in found]
@@ -106,7 +106,7 @@ def table(folders: list[Path]) -> str:
         training = first.training
         lines.append(
             f"| {entry} | {spread(val)} | {' / '.join(f'{v:.1f}' for v in val)} | {spread(gains)} | {spread(held)} "
-            f"| {training.labelled:,} | {training.unlabelled:,} | {training.steps:,} |"
+            f"| {training.labelled:,} | {first.holdout.n:,} | {training.unlabelled:,} | {training.steps:,} |"
         )
     return "\n".join(lines) + "\n"
 

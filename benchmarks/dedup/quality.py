@@ -96,7 +96,7 @@ REMOVED, REVIEW = 2.0, 1.0
 
 def recall(images: Path, val: int, copies: int, seed: int) -> str:
     """The table of recalls per family of copies; the photographs that are not among the `val` first are the distractors."""
-    from benchmarks.dedup.peers import Exhaustive, Hashes, imagededup_bits, imagehash_bits  # not everyone has the peers
+    from benchmarks.dedup.peers import Exhaustive, Hashes, imagededup_bits, imagehash_bits  # packages that nothing else needs
 
     photos = photographs(images, seed)
     originals, others = photos[:val], photos[val:]

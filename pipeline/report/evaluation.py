@@ -25,8 +25,9 @@ class Model(BaseModel):
 
 
 class TrainingFacts(BaseModel):
-    """How the model came about. `labelled` counts the images whose labels were read, by it or by its teacher; `macs` the
-    multiply-accumulates of its training and of those it started from."""
+    """How the model came about. `labelled` counts the images whose labels it or its teacher learned; those that choices were made
+    on are `holdout.n`. `macs`: the multiply-accumulates of its training and of those it started from; `macs_all`: of all
+    that winnow computed for it, its teachers' trainings, scoring and labelling included."""
 
     stage: str | None
     entry: str | None
@@ -38,6 +39,7 @@ class TrainingFacts(BaseModel):
     unlabelled: int
     note: str | None
     macs: int | None = None
+    macs_all: int | None = None
 
 
 class Measured(BaseModel):

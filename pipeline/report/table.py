@@ -68,9 +68,15 @@ COLUMNS = (
         False,
     ),
     Column(
-        "labels",
-        "Images whose labels were read in training, by the model or by its teacher.",
+        "labels learned",
+        "Images whose labels were read to train the model, its start or its teacher.",
         lambda e: f"{e.evaluation.training.labelled:,}",
+    ),
+    Column(
+        "to choose",
+        "Held-out images, whose labels are read for choices alone.",
+        lambda e: f"{e.evaluation.holdout.n:,}",
+        False,
     ),
     Column(
         "unlabelled",
@@ -85,6 +91,12 @@ COLUMNS = (
         "Compute of its training, its start's included, in 10^12 multiply-accumulates: three forward passes for each image it "
         "learned from and one of each network that taught it. What a teacher's own training took is not in it.",
         lambda e: scaled(e.evaluation.training.macs, 1e12),
+    ),
+    Column(
+        "all TMACs",
+        "Compute of all that winnow did for it: every training above it once (teachers', starts'), scoring, labelling. "
+        "How a published checkpoint was trained is not known, and not in it.",
+        lambda e: scaled(e.evaluation.training.macs_all, 1e12),
     ),
     Column(
         "MMACs",

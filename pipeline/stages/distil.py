@@ -92,7 +92,7 @@ def run(
     if params.alpha < 1:
         part = labelled if params.labels is None else manifest.balanced(labelled, params.labels, job.seed)
         hard = torch.from_numpy(part.labels_of(seen, UNKNOWN))
-        known = max(known, len(part) if params.labels is not None else len(labelled) + len(held_out))
+        known = max(known, len(part))
 
     def divergence(model: nn.Module, batch: views.Batch) -> Tensor:
         t = taught_by.answers(batch)

@@ -94,6 +94,7 @@ def run(
     parameters = architectures.parameters_of(classifier)
     made_from: dict[str, Any] = {"stage": origin.get("stage"), "entry": origin.get("entry")}
     made_from |= {name: _name(origin, name) for name in ("init", "teacher")}
+    made_from["macs_all"] = sum(run.get("macs", 0) for run in (origin, *origin["lineage"].values())) if origin else None
     evaluation = Evaluation(
         model=Model(arch=description.arch, parameters=parameters, macs=macs, input=input_spec.size, exit=params.exit),
         training=TrainingFacts(**made_from, **description.training),

@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.harness import shards, stage
 from pipeline.harness.machine import Machine
-from pipeline.models import device, inputs, network, prediction
+from pipeline.models import architectures, device, inputs, network, prediction
 from pipeline.store import artifact, manifest, scores
 from pipeline.store.params import Made, Section
 
@@ -38,7 +38,7 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, wor
     """
     classes = manifest.read(train).classes
     scoring = Scoring(pool, artifact.identity(pool), teacher, artifact.identity(teacher), classes, params.m, machine)
-    _, pixels, _, on = scoring.opened()  # a teacher that does not fit is found here, not by a worker
+    model, pixels, input_spec, on = scoring.opened()  # a teacher that does not fit is found here, not by a worker
     count = len(pixels)
     if not count:
         raise UserError(
@@ -46,6 +46,7 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, wor
         )
     folders = shards.finished(scoring, count, SHARD, workdir, machine.executor, "images", "scoring")
     sure = 0.0
+    artifact.spent(count * architectures.macs(model, input_spec.size))
     with (
         artifact.writing(out) as tmp,
         scores.writer(tmp, scoring.stored, classes, scoring.pool_identity, on.precision) as writer,

@@ -86,7 +86,7 @@ def run(
     aspects, size, frozen = inputs.aspects(seen), input_spec.size, list[tuple[nn.Module, int]]()
     if from_labels:
         labels, smoothing = torch.from_numpy(seen.labels()), params.training.smoothing
-        origin: dict[str, Any] = {"labelled": len(labelled) + len(held_out)}
+        origin: dict[str, Any] = {"labelled": len(seen)}
         view = params.view or views.View()
         side, viewer = input_spec.canvas_of(view.whole), views.viewer(size, view, job.seed, aspects)
 

@@ -37,7 +37,7 @@ class Teach(Section):
     """How long and how fast, by a name in `trainings`; `steps: 0` keeps the model as it comes."""
     labels: manifest.Amount | None = None
     """Learn from so few labelled images, a number (50) or a share (0.01) of each class, drawn by the seed; null: all.
-    `labels.txt` in the model directory names them, and the table counts them alone."""
+    `labels.txt` in the model directory names them."""
     from_layer: NonNegativeInt | None = None
     """After which layer of the projection head the classifier stands, where `init` is from `pretrain`: 1 in SimCLRv2, 0 (on the
     encoder) where all labels are there."""
@@ -51,10 +51,8 @@ def run(params: Teach, *, train: Path, holdout: Path, init: Path, out: Path, job
     The held-out images are measured ten times in a run, never trained on. Raises TrainingError, CheckpointError, ModelError.
     """
     labelled, held_out = manifest.read(train), manifest.read(holdout)
-    known = len(labelled) + len(held_out)
     if params.labels is not None:
         labelled = manifest.balanced(labelled, params.labels, job.seed)
-        known = len(labelled)
     on = device.pick(job.machine)
     model, description = network.start(params.model, init, labelled.classes, job.seed, params.exit, params.from_layer)
     if params.training is not None:
@@ -78,7 +76,7 @@ def run(params: Teach, *, train: Path, holdout: Path, init: Path, out: Path, job
     with artifact.writing(out) as tmp:
         if params.labels is not None:
             (tmp / "labels.txt").write_text("".join(f"{name}\n" for name in labelled.table["id"].to_pylist()))
-        return trained.save(tmp, description, Counts(len(labelled), known), params.note)
+        return trained.save(tmp, description, Counts(len(labelled), 0 if params.training is None else len(labelled)), params.note)
 
 
 if __name__ == "__main__":

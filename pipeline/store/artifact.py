@@ -23,6 +23,13 @@ RECORD = "record.json"
 provenance: ContextVar[dict[str, Any] | None] = ContextVar("provenance", default=None)
 """The record of the stage at work: every artifact it writes carries it as `record.json`."""
 
+
+def spent(macs: int) -> None:
+    """Note in the record of the stage at work the multiply-accumulates that its networks took, no other stage's included."""
+    if record := provenance.get():
+        record["macs"] = macs
+
+
 discard: ContextVar[bool] = ContextVar("discard", default=False)
 """Set in all processes of a group but the first: what they write goes nowhere."""
 

@@ -102,6 +102,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
                 "init": "scratch",
                 "teacher": "teach/teacher" if name in ("ssld", "finetune") else None,
                 "macs": 5_658_720_000_000,
+                "macs_all": 9_000_000_000_000,
                 "steps": 1_200,
                 "batch": 128,
                 "labelled": 5_000,
@@ -214,6 +215,13 @@ def test_table_holds_every_entry_in_order_with_its_figures(four: Path) -> None:
             assert tuple(float(row[f"delta{end}"]) for end in ("", "_low", "_high")) == difference
     assert [row["unlabelled"] for row in rows] == ["0", "0", "2000", "0"]
     assert {row["note"] for row in rows} == {"", NOTE}
+
+
+def test_the_report_does_not_claim_that_val_was_never_looked_at(four: Path) -> None:
+    out, _ = run(four)
+    page = " ".join((out / "report.html").read_text().split())
+    assert "No choice was made" not in page
+    assert "winnow cannot know how often the validation images were looked at" in page
 
 
 def test_markdown_is_one_aligned_table_with_each_note_once(four: Path) -> None:

@@ -47,7 +47,7 @@ def test_evaluate_reports_what_the_predictions_say(data: Path, tmp_path: Path) -
     assert evaluation["val"]["per_class"] == {
         n: pytest.approx(right[predictions["label"] == i].mean()) for i, n in enumerate(CLASSES)
     }
-    assert (evaluation["val"]["n"], evaluation["holdout"]["n"], evaluation["training"]["labelled"]) == (9, 6, 24)
+    assert (evaluation["val"]["n"], evaluation["holdout"]["n"], evaluation["training"]["labelled"]) == (9, 6, 18)
     with (tmp_path / "out" / "confusion.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -56,6 +56,19 @@ def test_evaluate_reports_what_the_predictions_say(data: Path, tmp_path: Path) -
     assert sum(int(row["images"]) for row in rows) == 9
     mistakes = [int(row["images"]) for row in rows if row["class"] != row["named"]]
     assert mistakes == sorted(mistakes, reverse=True)
+
+
+def test_all_compute_counts_each_run_above_the_model_once(data: Path, tmp_path: Path) -> None:
+    scored = {"stage": "score", "key": "s", "macs": 700}
+    drawn = {"stage": "draw", "key": "d"}
+    token = artifact.provenance.set({"stage": "teach", "key": "t", "lineage": {"s": scored, "d": drawn}})
+    model = taught(data, tmp_path / "model")
+    artifact.provenance.reset(token)
+    training = evaluated(data, model, tmp_path / "out")[1]["training"]
+    assert training["macs"] > 0
+    assert training["macs_all"] == training["macs"] + 700
+    again = evaluated(data, taught(data, tmp_path / "by hand"), tmp_path / "again")[1]["training"]
+    assert again["macs_all"] is None, "no record, no compute that is known"
 
 
 def test_calibration_error_and_interval_follow_their_formulas() -> None:

@@ -9,10 +9,14 @@ from torch import nn
 
 from pipeline.models import architectures, checkpoint
 from pipeline.models.checkpoint import Description
+from pipeline.store import artifact
 
 
 class Counts(NamedTuple):
-    """The images that a training went through; how many labels it or its teacher read; how many images it saw without labels."""
+    """The images that a training went through; how many of them, or of its teacher's, taught their label; how many had none.
+
+    The held-out images, on which choices are made, are in none of these numbers.
+    """
 
     images: int
     labelled: int
@@ -50,6 +54,7 @@ class Trained:
         """
         if macs is None:
             macs = architectures.macs_of_training(self.model, description.input.size, *frozen)
+        artifact.spent(self.steps * self.batch * macs)
         after = description.trained(self.steps, self.batch, counts.labelled, counts.unlabelled, note, macs=macs)
         checkpoint.save(folder, part or self.model, after, self.history)
         facts = {"steps": self.steps, "images": counts.images, "parameters": architectures.parameters_of(self.model)}
