@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
 
+from pipeline.errors import UserError
 from pipeline.harness import progress
 from pipeline.harness.machine import Machine
 from pipeline.store import manifest
@@ -113,17 +114,57 @@ def ahead(make: Callable[[int], torch.Tensor], steps: Sequence[int] | range, dep
             yield waiting.popleft().result()
 
 
-class Input(Section):
-    """What a network takes: a square, cut from a square canvas, normalised per channel."""
+class Wanted(Section):
+    """What a network takes, as params say it: a square, cut from a square canvas, normalised per channel.
+
+    What is left out is that of `pretrained` weights: another mean, std, or crop makes a bad classifier of them in silence.
+    """
 
     size: PositiveInt
     """Side of the square, in pixels."""
+    canvas: NonNegativeInt | None = None
+    """Side of the canvases that views are cut from, in pixels; 0: `size`. null: 0, or with `pretrained` the weights' share."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from RGB scaled to 0..1. null: that of the `pretrained` weights, else ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """What RGB scaled to 0..1, less `mean`, is divided by. null: that of the `pretrained` weights, else ImageNet's."""
+
+    def fitted(self, weights: "Input | None", whole: bool) -> "Input":
+        """The input of a network that starts from published `weights` that take this one (None: from none).
+
+        `whole`: with their classifier. Raises UserError where `mean` or `std` differ from the weights', or, if `whole`, `size` or
+        `canvas`; to a new classifier the size is free, and the canvas grows with it.
+        """
+        said = self.model_dump(exclude_none=True)
+        if weights is None:
+            return Input(**said)
+        canvas = round(self.size * weights.side / weights.size)
+        theirs: dict[str, tuple[float, ...]] = {"mean": weights.mean, "std": weights.std}
+        if whole:
+            canvas = weights.side
+            theirs |= {"size": (weights.size,), "canvas": (weights.side,)}
+            if self.canvas == 0:
+                said["canvas"] = self.size
+        for name, values in theirs.items():
+            mine = np.atleast_1d(said.get(name, values))
+            if not np.allclose(mine, values, rtol=0, atol=1e-4):
+                raise UserError(
+                    f"`input.{name}` is {_plain(mine)}, but the pretrained weights take {_plain(values)}: "
+                    + ("say that." if name == "size" else "leave it out (null) to take theirs.")
+                )
+        return Input(**{"canvas": canvas, **said, "mean": weights.mean, "std": weights.std})
+
+
+def _plain(values: Sequence[float] | np.ndarray) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+class Input(Wanted):
+    """What a network takes, with nothing left out."""
+
     canvas: NonNegativeInt = 0
-    """Side of the canvases that views are cut from, in pixels; 0: `size`."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted from RGB scaled to 0..1. The default is ImageNet's."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """What RGB scaled to 0..1, less `mean`, is divided by. The default is ImageNet's."""
 
     @property
     def side(self) -> int:
