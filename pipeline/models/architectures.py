@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models import exits, precise
+from pipeline.models.inputs import Input
 
 SMALL = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 ENSEMBLE = "ensemble"
@@ -266,6 +267,28 @@ def macs_of_training(trained: nn.Module, size: int, *frozen: tuple[nn.Module, in
     """Multiply-accumulates that one image costs in training: three forward passes' worth for the trained network, as the backward
     pass takes about two, and one for each frozen network, given with its input size."""
     return 3 * macs(trained, size) + sum(macs(model, side) for model, side in frozen)
+
+
+def timm_input(model: nn.Module) -> Input | None:
+    """What timm's published weights of a network take, by its config; None if no part of the network is timm's."""
+    import timm
+
+    for part in model.modules():
+        if hasattr(part, "pretrained_cfg"):
+            config = timm.data.resolve_model_data_config(part)
+            size = config["input_size"][-1]
+            return Input(size=size, crop=size / int(size / config["crop_pct"]), mean=config["mean"], std=config["std"])
+    return None
+
+
+def torchvision_input(arch: str) -> Input:
+    """What torchvision's published weights of a model take, by their transforms."""
+    import torchvision
+
+    given = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
+    return Input(
+        size=given.crop_size[0], crop=given.crop_size[0] / given.resize_size[0], mean=tuple(given.mean), std=tuple(given.std)
+    )
 
 
 def torchvision_weights(arch: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from pipeline.errors import UserError
 from pipeline.harness import progress
 from pipeline.harness.machine import Machine
 from pipeline.store import manifest
@@ -130,21 +131,58 @@ def ahead(make: Callable[[int], torch.Tensor], steps: Sequence[int] | range, dep
             yield waiting.popleft().result()
 
 
-class Input(Section):
-    """What a network takes: a square of an image, normalised per channel."""
+class Wanted(Section):
+    """What a network takes, as params say it: a square of an image, normalised per channel.
+
+    What is left out is that of `pretrained` weights: another mean, std, or crop makes a bad classifier of them in silence.
+    """
 
     size: PositiveInt
     """Side of the square, in pixels."""
-    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop: Annotated[float, Field(gt=0, le=1)] | None = None
     """How much of an image's short side the central square covers, where no view is drawn at random. The short side is resized to
-    `size` / `crop` pixels; timm calls it crop_pct."""
+    `size` / `crop` pixels; timm calls it crop_pct. null: 1, or that of the `pretrained` weights."""
     canvas: NonNegativeInt = 0
     """Side, in pixels, to which whole images are squeezed before random crops are cut from them; at least `size` / `crop`. More
     keeps more detail of small crops, and takes more memory."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from RGB scaled to 0..1. null: that of the `pretrained` weights, else ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """What RGB scaled to 0..1, less `mean`, is divided by. null: that of the `pretrained` weights, else ImageNet's."""
+
+    def fitted(self, weights: "Input | None", whole: bool) -> "Input":
+        """The input of a network that starts from published `weights` that take this one (None: from none).
+
+        `whole`: with their classifier. Raises UserError where `mean` or `std` differ from the weights', or, if `whole`, `size` or
+        `crop`; to a new classifier the size is free.
+        """
+        said = self.model_dump(exclude_none=True)
+        if weights is None:
+            return Input(**said)
+        theirs: dict[str, tuple[float, ...]] = {"mean": weights.mean, "std": weights.std}
+        if whole:
+            theirs |= {"size": (weights.size,), "crop": (weights.crop,)}
+        for name, values in theirs.items():
+            mine = np.atleast_1d(said.get(name, values))
+            exact = 5e-3 if name == "crop" else 1e-4  # 224 / 0.9 is no whole number of pixels
+            if not np.allclose(mine, values, rtol=0, atol=exact):
+                raise UserError(
+                    f"`input.{name}` is {_plain(mine)}, but the pretrained weights take {_plain(values)}: "
+                    + ("say that." if name == "size" else "leave it out (null) to take theirs.")
+                )
+        return Input(**{**said, "crop": said.get("crop", weights.crop), "mean": weights.mean, "std": weights.std})
+
+
+def _plain(values: Sequence[float] | np.ndarray) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+class Input(Wanted):
+    """What a network takes, with nothing left out."""
+
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted from RGB scaled to 0..1. The default is ImageNet's."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """What RGB scaled to 0..1, less `mean`, is divided by. The default is ImageNet's."""
 
     @property
     def side(self) -> int:

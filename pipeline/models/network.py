@@ -23,12 +23,12 @@ class Network(Section):
 
     arch: str
     """`resnet8`, 14, 20, 32, 44, 56 or 110 (for 32 px), `resnet18_3x3` and the like, or any name of timm."""
-    input: inputs.Input
+    input: inputs.Wanted
     """What it takes."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What the architecture takes: the small ResNets `width`, `shortcut` (A or B) and `stem_stride`, others timm's options."""
     pretrained: Literal["timm", "torchvision"] | None = None
-    """Start from the weights that timm or torchvision publish for `arch`."""
+    """Start from the weights that timm or torchvision publish for `arch`, with their mean, std and crop (see `input`)."""
     source_classes: Literal["train"] | tuple[str, ...] | None = None
     """What the classifier of such weights, or of a checkpoint file given as `init`, tells apart: the class names in its order,
     or `train` for the training set's in alphabetical order. null leaves that classifier behind and starts a new one."""
@@ -71,12 +71,12 @@ def start(
     if exits.are_all(network.options):
         raise CheckpointError("`model.options.exits: all` is what `self_distil` adds by itself: leave it out.")
     model = architectures.create(network.arch, len(classes), network.options)
-    foreign = _foreign(network, init, classes)
+    foreign, published = _foreign(network, init, classes)
+    order = _order(network, classes)
     if foreign is not None:
-        _take_over(
-            model, foreign, str(init) if init.name != SCRATCH else str(network.pretrained), _order(network, classes), classes
-        )
-    return model, Description(network.arch, classes, network.input, dict(network.options))
+        _take_over(model, foreign, str(init) if init.name != SCRATCH else str(network.pretrained), order, classes)
+    given = network.input.fitted(published, order is not None)
+    return model, Description(network.arch, classes, given, dict(network.options))
 
 
 def start_exits(network: Network | None, init: Path, classes: tuple[str, ...], seed: int) -> tuple[exits.Exits, Description]:
@@ -218,7 +218,15 @@ def _expect_network(wanted: Network, found: Description, init: Path) -> None:
     given = inputs.Input.model_validate(found.input)
     added = set(found.options) if found.arch == architectures.ENSEMBLE else {exits.OPTION, "head_layers"}
     own = {name: value for name, value in found.options.items() if name not in added}
-    if wanted.arch != found.arch or wanted.options not in (own, found.options) or wanted.input != given:
+    said = wanted.input.model_dump(exclude_none=True)
+    if not wanted.pretrained:  # else what is left out came from the weights
+        said = wanted.input.fitted(None, False).model_dump()
+    same = given.model_dump()
+    if (
+        wanted.arch != found.arch
+        or wanted.options not in (own, found.options)
+        or any(same[name] != value for name, value in said.items())
+    ):
         theirs = f"{{arch: {found.arch}, options: {own}, input: {given.model_dump(mode='json')}}}"
         raise CheckpointError(
             f"`model` is another network than that of {init}, from which training starts: it is "
@@ -235,16 +243,19 @@ def _refuse_layer(from_layer: int | None, init: Path) -> None:
         )
 
 
-def _foreign(network: Network, init: Path, classes: tuple[str, ...]) -> dict[str, Tensor] | None:
-    """The weights to start from that winnow has not written itself."""
+def _foreign(network: Network, init: Path, classes: tuple[str, ...]) -> tuple[dict[str, Tensor] | None, inputs.Input | None]:
+    """The weights to start from that winnow has not written itself, and the input that they were published with."""
     if init.name != SCRATCH:
         if network.pretrained is not None:
             raise CheckpointError(f"`pretrained` and `init` ({init}) both name weights to start from: leave one out.")
-        return checkpoint.read_foreign(init)
+        return checkpoint.read_foreign(init), None
     if network.pretrained == "timm":
         count = len(_order(network, classes) or classes)
-        return architectures.create(network.arch, count, network.options, pretrained=True).state_dict()
-    return architectures.torchvision_weights(network.arch) if network.pretrained else None
+        model = architectures.create(network.arch, count, network.options, pretrained=True)
+        return model.state_dict(), architectures.timm_input(model)
+    if network.pretrained == "torchvision":
+        return architectures.torchvision_weights(network.arch), architectures.torchvision_input(network.arch)
+    return None, None
 
 
 def _order(network: Network, classes: tuple[str, ...]) -> tuple[str, ...] | None:

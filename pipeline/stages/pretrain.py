@@ -53,9 +53,10 @@ def run(params: Pretrain, *, train: Path, holdout: Path, chosen: Path, out: Path
     seen, labelled, _ = manifest.to_learn(chosen, train, True)
     held_out = manifest.read(holdout)
     on = device.pick(job.machine)
-    input_spec = params.model.input
     torch.manual_seed(job.seed)
-    encoder = architectures.Projected(_encoder(params.model), params.head_layers, params.head_out)
+    plain = _encoder(params.model)
+    input_spec = params.model.input.fitted(architectures.timm_input(plain) if params.model.pretrained else None, False)
+    encoder = architectures.Projected(plain, params.head_layers, params.head_out)
     model = Contrastive(encoder, params.memory)
 
     def contrast(model: nn.Module, batch: views.Batch) -> Tensor:

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
+import torchvision
 from torch import nn
 
+from pipeline.errors import UserError
 from pipeline.models import architectures, checkpoint, inputs, network
 from pipeline.models.checkpoint import CheckpointError
 from pipeline.store import artifact
@@ -188,3 +191,61 @@ def test_only_a_pre_trained_model_has_layers_to_start_from(tmp_path: Path) -> No
 def test_a_pre_trained_model_is_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="was pre-trained without labels: it has a projection head but no classifier"):
         network.load(pretrained(tmp_path / "p")[0], CLASSES)
+
+
+VIT = "vit_tiny_patch16_224"  # its weights: mean and std 0.5, 224 pixels of 248
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's networks with the config of their published weights, but random weights."""
+    honest = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: honest(name, pretrained=False, **options))
+    monkeypatch.setattr(
+        architectures, "torchvision_weights", lambda arch: torchvision.models.get_model(arch, num_classes=3).state_dict()
+    )
+
+
+@pytest.mark.usefixtures("offline")
+def test_pretrained_weights_bring_their_normalisation_and_their_crop(tmp_path: Path) -> None:
+    wanted = network.Network.model_validate(
+        {"arch": VIT, "input": {"size": 224}, "pretrained": "timm", "source_classes": "train"}
+    )
+    model, description = network.start(wanted, SCRATCH, CLASSES, 0)
+    given = description.input
+    assert (given.size, given.side, given.mean, given.std) == (224, 248, HALF, HALF)
+    with artifact.writing(tmp_path / "m") as tmp:
+        checkpoint.save(tmp, model, description, {})
+    assert network.start(wanted, tmp_path / "m", CLASSES, 0)[1].input == given  # the same params name what they have made
+    theirs = wanted.model_copy(update={"arch": "resnet18", "pretrained": "torchvision", "source_classes": ("ant", "bee", "cat")})
+    given = network.start(theirs, SCRATCH, CLASSES, 0)[1].input
+    assert (given.side, given.mean, given.std) == (256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"size": 224, "mean": [0.485, 0.456, 0.406]}, r"`input.mean` is 0.485, 0.456, 0.406, but .* weights take 0.5, 0.5, 0.5"),
+        ({"size": 224, "std": [1, 1, 1]}, r"`input.std` is 1, 1, 1, but .* take 0.5, 0.5, 0.5: leave it out"),
+        ({"size": 192}, r"`input.size` is 192, but .* take 224: say that"),
+        ({"size": 224, "crop": 1.0}, r"`input.crop` is 1, but .* take 0.90.*: leave it out"),
+    ],
+)
+def test_another_input_than_that_of_the_weights_is_refused(said: dict[str, Any], message: str) -> None:
+    options = {"img_size": said["size"]}
+    wanted = {"arch": VIT, "options": options, "input": said, "pretrained": "timm", "source_classes": "train"}
+    with pytest.raises(UserError, match=message):
+        network.start(network.Network.model_validate(wanted), SCRATCH, CLASSES, 0)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_new_classifier_on_published_weights_takes_another_size(tmp_path: Path) -> None:
+    wanted = network.Network.model_validate({"arch": "test_convnext", "input": {"size": 64}, "pretrained": "timm"})
+    given = network.start(wanted, SCRATCH, CLASSES, 0)[1].input
+    assert (given.size, given.side, given.mean) == (64, 67, HALF)  # their 160 of 168
+
+
+def test_without_published_weights_the_input_is_imagenets() -> None:
+    assert network.start(small(), SCRATCH, CLASSES, 0)[1].input == inputs.Input(size=8)

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.learning.loop.optimisers import Training
 from pipeline.learning.views import View
-from pipeline.models.inputs import Input
+from pipeline.models.inputs import Wanted
 from pipeline.models.network import Network
 from pipeline.stages.distil import Distil
 from pipeline.stages.evaluate import Evaluate
@@ -38,7 +38,7 @@ distil:
 def test_a_good_section(tmp_path: Path) -> None:
     section = params.load(written(tmp_path, GOOD), Distil, ("distil", "ssld"))
     assert section.training == Training(steps=3)
-    assert section.model == Network(arch="resnet8", input=Input(size=8))
+    assert section.model == Network(arch="resnet8", input=Wanted(size=8))
     assert section.view == View(kind="none")
     assert section.loss.name == "sym_kl"
 
