@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from pipeline.harness import progress, ranks
 from pipeline.harness.job import Job
 from pipeline.learning import views
 from pipeline.learning.loop import group
-from pipeline.learning.loop.optimisers import Training, TrainingError, build_optimizer
+from pipeline.learning.loop.optimisers import Training, TrainingError, build_optimizer, warmed_up
 from pipeline.learning.loop.state import State
 from pipeline.learning.loop.trained import Trained
 from pipeline.learning.views import Batch
@@ -78,7 +78,7 @@ def fit(
     model = device.place(model).train()
     called = group.wrapped(model, device.device)
     optimizer = build_optimizer(model, training)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True) if training.ema else None
+    average = AveragedModel(model, multi_avg_fn=warmed_up(training.ema), use_buffers=True) if training.ema else None
     result = model if average is None else average.module
     state = State(job.workdir / "checkpoint", model, optimizer, average)
     done = state.resume()
