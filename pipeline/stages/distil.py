@@ -98,7 +98,8 @@ def run(
         s = model(inputs.normalise(batch.views, input_spec))
         value = params.loss(s, t)
         if params.alpha < 1:
-            value = params.alpha * value + (1 - params.alpha) * cross_entropy(s, hard[batch.rows].to(on.device))
+            y = hard[batch.rows].to(on.device)  # B
+            value = params.alpha * value + (1 - params.alpha) * cross_entropy(s, y, params.training.smoothing)
         return value
 
     pixels = inputs.load(seen, taught_by.canvas(input_spec.side), job.machine, "images")
@@ -111,9 +112,10 @@ def run(
         return trained.save(tmp, description, counts, note, frozen=taught_by.networks)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N, C) logits, (N,) labels -> the sum over the images whose label is not UNKNOWN, divided by N."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=UNKNOWN, reduction="sum") / len(labels)
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """(N, C) logits, (N,) labels to smooth -> the sum over the images whose label is not UNKNOWN, divided by N."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=UNKNOWN, reduction="sum", label_smoothing=smoothing)
+    return total / len(labels)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def run(params: Pretrain, *, train: Path, holdout: Path, chosen: Path, out: Path
     input_spec = params.model.input
     torch.manual_seed(job.seed)
     encoder = architectures.Projected(_encoder(params.model), params.head_layers, params.head_out)
-    model = Contrastive(encoder, params.memory)
+    model = Contrastive(encoder, params.memory, params.training.accumulate)
 
     def contrast(model: nn.Module, batch: views.Batch) -> Tensor:
         both = batch.views.transpose(0, 1).flatten(0, 1)  # 2B, 3, S, S

@@ -22,8 +22,8 @@ class Training(Section):
     batch: PositiveInt = 256
     """Images of a step, of all processes together."""
     optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
-    """`sgd`; `adamw`; `lars` (You et al. 2017; trust coefficient 0.001), which adapts the rate of each tensor, but, as SimCLR has it,
-    not of biases, normalisation and the classifier."""
+    """`sgd`; `adamw`; `lars` (You et al. 2017; trust coefficient 0.001), which adapts the rate of each tensor, but, as
+    SimCLR has it, not of biases, normalisation and the classifier."""
     lr: PositiveFloat = 0.1
     """The learning rate at its peak, see `lr_scaling`."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
@@ -39,12 +39,12 @@ class Training(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """The share of the steps over which the rate rises to its peak."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of a moving average of the weights, which then is the result; 0: off. After t steps it is at most (1 + t) / (10 + t), so
-    that a short training forgets its start."""
+    """Decay of a moving average of the weights, which then is the result; 0: off. After t steps it is at most (1 + t) / (10 + t),
+    so that a short training forgets its start."""
     clip: NonNegativeFloat = 0.0
     """Bound of the gradient's norm; 0: off."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Label smoothing, where labels are read."""
+    """Label smoothing, where labels are read: in `distil`, where `alpha` is below 1."""
     accumulate: PositiveInt = 1
     """Pass each batch in so many pieces, which take their own batch statistics, to save memory."""
     rates: dict[str, PositiveFloat] = Field(default_factory=dict)
@@ -115,8 +115,8 @@ def _undecayed(model: nn.Module) -> set[str]:
 class Lars(torch.optim.SGD):
     """Momentum on gradients of the size of their weights: trust (g + decay w) with trust = 0.001 |w| / (|g| + decay |w|).
 
-    You et al. 2017, algorithm 1, for the groups that say so by `adapts`; the others keep their gradients. Where a norm is 0, trust
-    is 1, as in SimCLR's code.
+    You et al. 2017, algorithm 1, for the groups that say so by `adapts`; the others keep their gradients. Where a norm is 0,
+    trust is 1, as in SimCLR's code.
     """
 
     @torch.no_grad()
