@@ -16,7 +16,7 @@ class Machine(Section):
     """`cpu`, `cuda`, `cuda:1`, or `auto`: cuda where there is one."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """The autocast type of training and inference. `auto` is bfloat16 on a GPU and on CPUs that multiply it in hardware, else
-    float32."""
+    float32. `float32` is exact; beside `bfloat16` the products that stay in float32 may be TF32 on a GPU."""
     threads: NonNegativeInt = 0
     """Threads of a process that computes; 0: one per usable core."""
     workers: NonNegativeInt = 0

@@ -33,9 +33,11 @@ class Device:
 
 
 def pick(machine: Machine) -> Device:
-    """The device that `machine` asks for; sets torch's thread count. Raises UserError for a device that is not there."""
+    """The device that `machine` asks for; sets torch's thread count and whether TF32 may stand in for float32.
+
+    Raises UserError for a device that is not there.
+    """
     torch.set_num_threads(machine.cores(machine.threads))
-    torch.set_float32_matmul_precision("high")
     name = machine.device if machine.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and ranks.launched():
         name = f"cuda:{ranks.local_rank()}"
@@ -44,10 +46,11 @@ def pick(machine: Machine) -> Device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"params.yaml: `machine.device` is {name!r}, which torch cannot use here ({error}).") from None
-    if machine.precision == "auto":
-        fast = device.type == "cuda" or multiplies_bfloat16()
-        return Device(device, torch.bfloat16 if fast else torch.float32, machine.compile)
-    return Device(device, getattr(torch, machine.precision), machine.compile)
+    fast = device.type == "cuda" or multiplies_bfloat16()
+    precision = machine.precision if machine.precision != "auto" else "bfloat16" if fast else "float32"
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+    return Device(device, getattr(torch, precision), machine.compile)
 
 
 def multiplies_bfloat16() -> bool:

@@ -113,6 +113,33 @@ def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:
         network.start(small(source_classes="train"), tmp_path / "theirs.pth", CLASSES, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_whole_numbers_in_place_of_weights_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = architectures.create("resnet8", 3, OPTIONS).state_dict()
+    state["layer1.0.conv1.weight"] = (127 * state["layer1.0.conv1.weight"]).to(dtype)
+    torch.save(state, tmp_path / "theirs.pth")
+    said = rf"of whole numbers: layer1\.0\.conv1\.weight is {str(dtype).removeprefix('torch.')}"
+    with pytest.raises(CheckpointError, match=said):
+        network.start(small(source_classes="train"), tmp_path / "theirs.pth", CLASSES, 0)
+    with artifact.writing(tmp_path / "ours") as tmp:
+        model = nn.ParameterDict({"unused": nn.Parameter(torch.zeros(1))})
+        checkpoint.save(tmp, model, checkpoint.Description("resnet8", CLASSES, inputs.Input(size=8), OPTIONS), {})
+        safetensors.torch.save_file(state, tmp / checkpoint.WEIGHTS)
+    with pytest.raises(CheckpointError, match=said):
+        network.load(tmp_path / "ours", CLASSES)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    model = architectures.create("resnet8", 3, OPTIONS)
+    model.get_buffer("bn1.running_var")[2] = value
+    with artifact.writing(tmp_path / "ours") as tmp:
+        checkpoint.save(tmp, model, checkpoint.Description("resnet8", CLASSES, inputs.Input(size=8), OPTIONS), {})
+    for read in (lambda: network.load(tmp_path / "ours", CLASSES), lambda: network.start(None, tmp_path / "ours", CLASSES, 0)):
+        with pytest.raises(CheckpointError, match=r"NaN or infinite: bn1\.running_var"):
+            read()
+
+
 def test_another_architecture_is_refused_by_its_missing_parameters(tmp_path: Path) -> None:
     torch.save(architectures.create("resnet8", 3, OPTIONS).state_dict(), tmp_path / "theirs.pth")
     deeper = small(arch="resnet14", source_classes="train")
