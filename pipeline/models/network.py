@@ -18,7 +18,8 @@ SCRATCH = "scratch"
 class Network(Section):
     """An architecture with its options, its input, and whose weights it starts from.
 
-    Where training starts from a model directory, the directory must hold this network; its weights are taken then.
+    Where training starts from a model directory, the directory must hold this network; its weights are taken then. The input's
+    `size` and `canvas` alone may differ: training goes on at another resolution (Touvron et al. 2019).
     """
 
     arch: str
@@ -44,23 +45,25 @@ def start(
 ) -> tuple[nn.Module, Description]:
     """The network at the start of training, with a classifier in the order of `classes`.
 
-    `init` is a model directory, whose network `network` must be (None: whatever it is); a checkpoint file for `network`
-    (safetensors, or a .pth/.th that holds only tensors); or data/scratch. A classifier of other classes is left behind. Of a
-    network with several exits the part up to `exit` is taken, by default the deepest. `from_layer`: after which layer of a
-    pre-trained model's projection head the classifier stands, 0 for the encoder alone; it starts at zero. Raises
-    CheckpointError, ModelError, ExitError or ArtifactError.
+    `init` is a model directory, whose network `network` must be, but for the size of its input (None: whatever it is); a
+    checkpoint file for `network` (safetensors, or a .pth/.th that holds only tensors); or data/scratch. A classifier of other
+    classes is left behind. Of a network with several exits the part up to `exit` is taken, by default the deepest. `from_layer`:
+    after which layer of a pre-trained model's projection head the classifier stands, 0 for the encoder alone; it starts at zero.
+    Raises CheckpointError, ModelError, ExitError or ArtifactError.
     """
     torch.manual_seed(seed)
     if init.is_dir():
         described = checkpoint.describe(init)
         if network is not None:
             _expect_network(network, described, init)
+            described = replace(described, input=network.input)
         if described.projection is not None:
             return _on_projection(described, init, classes, from_layer)
         _refuse_layer(from_layer, init)
         description, state = _up_to(exit, described, checkpoint.weights(init), init)
         model = architectures.create(description.arch, len(classes), description.options)
         _take_over(model, state, str(init), _same(description, classes), classes)
+        _expect_size(model, description.input.size, init)
         return model, replace(description, classes=classes)
     _refuse_layer(from_layer, init)
     if network is None:
@@ -184,25 +187,34 @@ def _on_projection(
 
 
 def _expect_network(wanted: Network, found: Description, init: Path) -> None:
-    """Raises CheckpointError unless a model directory holds the network that params name.
+    """Raises CheckpointError unless a model directory holds the network that params name, at whatever input size.
 
     What the stages add to its options (exits, layers of a projection head, the members of an ensemble) may be left out.
     """
     given = inputs.Input.model_validate(found.input)
     added = set(found.options) if found.arch == architectures.ENSEMBLE else {exits.OPTION, "head_layers"}
     own = {name: value for name, value in found.options.items() if name not in added}
-    same = (given.size, given.side, given.mean, given.std)
     if (
         wanted.arch != found.arch
         or wanted.options not in (own, found.options)
-        or (wanted.input.size, wanted.input.side, wanted.input.mean, wanted.input.std) != same
+        or (wanted.input.mean, wanted.input.std) != (given.mean, given.std)
     ):
         theirs = f"{{arch: {found.arch}, options: {own}, input: {given.model_dump(mode='json')}}}"
         raise CheckpointError(
             f"`model` is another network than that of {init}, from which training starts: it is "
             f"{{arch: {wanted.arch}, options: {wanted.options}, input: {wanted.input.model_dump(mode='json')}}}, not {theirs}. "
-            "Name the model that the directory was made with."
+            "Name the model that the directory was made with; only `input.size` and `input.canvas` may differ."
         )
+
+
+def _expect_size(model: nn.Module, size: int, init: Path) -> None:
+    """Raises CheckpointError if a network cannot take squares of `size` pixels, such as a ViT made for another size."""
+    try:
+        architectures.macs(model, size)
+    except (AssertionError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the network of {init} takes no images of {size} pixels ({error}): give `input.size` as it was."
+        ) from None
 
 
 def _refuse_layer(from_layer: int | None, init: Path) -> None:

@@ -207,6 +207,40 @@ def test_tokens_and_position_embeddings_do_not_decay() -> None:
         assert wide == {f"{prefix}cls_token", f"{prefix}pos_embed"}
 
 
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9}, {"optimizer": "adamw", "weight_decay": 0.5}], ids=["sgd", "ema", "adamw"])
+def test_frozen_layers_keep_their_weights_and_statistics(tmp_path: Path, more: dict[str, Any]) -> None:
+    """All but the last normalisation and the classifiers: what the Fix step trains. The checks put the model into eval mode."""
+    torch.manual_seed(0)
+    start = nn.Sequential(architectures.create("resnet8", 3, {"width": 4}), nn.Dropout(0.2), nn.Linear(3, 3)).state_dict()
+    frozen = ("0.conv1", "0.bn1", "0.layer1", "0.layer2", "0.layer3.0.conv", "0.layer3.0.bn1")
+    training = optimisers.Training.model_validate({"steps": 12, "batch": 16, "frozen": frozen, **more})
+    model, _ = train(tmp_path, training)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    bn = "0.layer3.0.bn2"
+    learned = {f"{bn}.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert moved == learned | {"0.linear.weight", "0.linear.bias", "2.weight", "2.bias"}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_frozen_layers_survive_a_kill(tmp_path: Path) -> None:
+    training = optimisers.Training(steps=9, batch=16, frozen=("0.conv1", "0.bn1"))
+    whole, history = train(tmp_path / "whole", training)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", training, die_at=5)
+    resumed, resumed_history = train(tmp_path / "killed", training)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert resumed_history == history
+
+
+def test_frozen_layers_must_be_there_and_leave_some(tmp_path: Path) -> None:
+    with pytest.raises(
+        optimisers.TrainingError, match=r"`training.frozen` names stage, with which no parameter.*They begin with 0, 2"
+    ):
+        train(tmp_path, optimisers.Training(steps=1, batch=16, frozen=("0.conv1", "stage")))
+    with pytest.raises(optimisers.TrainingError, match=r"`training.frozen` \(0, 2\) leaves no parameter to learn"):
+        train(tmp_path, optimisers.Training(steps=1, batch=16, frozen=("0", "2")))
+
+
 def test_every_pass_sees_every_image_once_in_another_order() -> None:
     order = fit.Order(50, 16, seed=0)
     rows, passes = np.concatenate([order.at(step) for step in range(25)], axis=1)  # 400 draws: 8 passes

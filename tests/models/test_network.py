@@ -74,9 +74,29 @@ def test_a_model_beside_a_model_directory_must_be_the_one_in_it(tmp_path: Path) 
     folder = saved(tmp_path / "m")
     named, _ = network.start(small(source_classes="train", input={"size": 8, "canvas": 8}), folder, CLASSES, 0)
     assert same(named, network.start(None, folder, CLASSES, 0)[0])
-    for other in ({"arch": "resnet14"}, {"options": {"width": 8}}, {"input": {"size": 8, "canvas": 9}}):
+    for other in ({"arch": "resnet14"}, {"options": {"width": 8}}, {"input": {"size": 8, "mean": [0, 0, 0]}}):
         with pytest.raises(CheckpointError, match=r"`model` is another network than that of .*m, .*options: \{'width': 4\}"):
             network.start(small(**other), folder, CLASSES, 0)
+
+
+def test_a_start_at_another_resolution_has_the_weights_and_the_new_input(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    model, description = network.start(small(input={"size": 12, "canvas": 14}), folder, CLASSES, 0)
+    assert same(model, network.load(folder, CLASSES)[0])
+    assert (description.input.size, description.input.side) == (12, 14)
+    assert network.start(None, folder, CLASSES, 0)[1].input.size == 8
+    assert model(torch.zeros(2, 3, 12, 12)).shape == (2, 3)
+
+
+def test_a_network_of_one_size_is_refused_at_another(tmp_path: Path) -> None:
+    options = {"img_size": 32, "embed_dim": 12, "depth": 1}
+    vit = network.Network(arch="vit_tiny_patch16_224", options=options, input=inputs.Input(size=32))
+    model, description = network.start(vit, SCRATCH, CLASSES, 0)
+    with artifact.writing(tmp_path / "m") as tmp:
+        checkpoint.save(tmp, model, description, {})
+    larger = vit.model_copy(update={"input": inputs.Input(size=48)})
+    with pytest.raises(CheckpointError, match=r"takes no images of 48 pixels"):
+        network.start(larger, tmp_path / "m", CLASSES, 0)
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path: Path) -> None:

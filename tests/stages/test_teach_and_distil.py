@@ -73,6 +73,30 @@ def test_smoothing_changes_what_is_learned_where_labels_are_read(data: Path, tmp
     assert torch.equal(weights["none"], weights["none-soft"])
 
 
+FIX = {**TRAINING, "frozen": ["conv1", "bn1", "layer1", "layer2", "layer3.0.conv", "layer3.0.bn1"]}
+LARGER = {**SMALL, "input": {"size": 20, "canvas": 24}}
+
+
+@pytest.mark.parametrize("stage", ["teach", "distil"])
+def test_a_fine_tune_of_the_head_at_a_larger_input(data: Path, tmp_path: Path, stage: str) -> None:
+    """The Fix step (Touvron et al. 2019): the classifier and the last normalisation learn, on larger images."""
+    teacher = taught(data, tmp_path / "teacher")
+    out = tmp_path / "fixed"
+    if stage == "teach":
+        taught(data, out, scratch=tmp_path / "s-fix", init_path=teacher, model=LARGER, training=FIX)
+    else:
+        distilled(data, out, teacher, init_path=teacher, model=LARGER, training=FIX)
+    before, after = checkpoint.weights(teacher), checkpoint.weights(out)
+    moved = {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"layer3.0.bn2", "linear"}
+    description = checkpoint.describe(out)
+    assert (description.input.size, description.input.side) == (20, 24)
+    larger = architectures.macs(network.load(out, ("ant", "bee", "cat"))[0], 20)
+    seen = description.training["macs"] - checkpoint.describe(teacher).training["macs"]
+    assert seen >= 4 * 8 * 3 * larger
+    scored(data, out, tmp_path / "scores")
+
+
 def test_distil_adds_the_labelled_images_once(data: Path, tmp_path: Path) -> None:
     teacher = taught(data, tmp_path / "teacher")
     assert distilled(data, tmp_path / "a", teacher)["images"] == 20 + 18

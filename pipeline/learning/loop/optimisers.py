@@ -50,6 +50,9 @@ class Training(Section):
     rates: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Multiples of the learning rate by the beginning of parameter names (`{conv1: 0.1, layer1: 0.2}`), the longest that fits:
     for transfer."""
+    frozen: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Layers that stay as they are, by the beginning of parameter names (`[conv1, bn1, layer]`): no gradient, no decay, and their
+    normalisation keeps its statistics. Compute is counted as if they learned."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step in 0..steps-1."""
@@ -86,11 +89,7 @@ def build_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimiz
             decays = parameter.ndim > 1 and name not in undecayed
             adapts = training.optimizer == "lars" and decays and not name.startswith(classifier)
             groups.setdefault((decays, adapts, multiple), []).append(parameter)
-    if unused:
-        raise TrainingError(
-            f"`training.rates` names {', '.join(sorted(unused))}, with which no parameter of the model begins. "
-            f"They begin with {', '.join(sorted({name.split('.')[0] for name, _ in model.named_parameters()}))}."
-        )
+    _refuse_unused("rates", unused, model)
     parts: list[dict[str, Any]] = [
         {"params": group, "weight_decay": training.weight_decay if decays else 0.0, "adapts": adapts, "multiple": multiple}
         for (decays, adapts, multiple), group in groups.items()
@@ -101,6 +100,31 @@ def build_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimiz
     if training.optimizer == "lars":
         return Lars(parts, lr=training.lr, momentum=training.momentum)
     return torch.optim.AdamW(parts, lr=training.lr)
+
+
+def freeze(model: nn.Module, beginnings: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Take the gradient from the parameters that begin so; returns their names, and those of the modules to keep in eval mode.
+
+    Raises TrainingError for a beginning that no parameter has, and if nothing is left to learn.
+    """
+    if not beginnings:
+        return [], []
+    named = dict(model.named_parameters())
+    _refuse_unused("frozen", {start for start in beginnings if not any(name.startswith(start) for name in named)}, model)
+    taken = [name for name, p in named.items() if name.startswith(beginnings) and p.requires_grad]
+    for name in taken:
+        named[name].requires_grad_(False)
+    if not any(p.requires_grad for p in named.values()):
+        raise TrainingError(f"`training.frozen` ({', '.join(beginnings)}) leaves no parameter to learn. Take the classifier out.")
+    return taken, [name for name, _ in model.named_modules() if f"{name}.".startswith(beginnings)]
+
+
+def _refuse_unused(key: str, unused: set[str], model: nn.Module) -> None:
+    if unused:
+        raise TrainingError(
+            f"`training.{key}` names {', '.join(sorted(unused))}, with which no parameter of the model begins. "
+            f"They begin with {', '.join(sorted({name.split('.')[0] for name, _ in model.named_parameters()}))}."
+        )
 
 
 def _undecayed(model: nn.Module) -> set[str]:
