@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.harness.machine import Machine
 from pipeline.stages import select
-from pipeline.store import artifact, manifest, scores
+from pipeline.store import artifact, manifest, ranking, scores
 
 BATCH = 1 << 18
 
@@ -130,7 +130,7 @@ def window(folder: Path, top: int, k: int, threads: int) -> np.ndarray:
 def query(folder: Path, top: int, k: int, threads: int) -> np.ndarray:
     """`select`'s query: the same, with its checks and counts."""
     scored = scores.open_scores(folder / "scores")
-    taken, _ = select._top(scored, top, k, folder / "temporary", Machine(threads=threads))
+    taken, _ = ranking.ranked(scored, top, k, folder / "temporary", threads, Machine().memory_gb)
     return taken.images
 
 

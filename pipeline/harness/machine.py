@@ -16,7 +16,7 @@ class Machine(Section):
     """`cpu`, `cuda`, `cuda:1`, or `auto`: cuda where there is one."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """The autocast type of training and inference; classifier layers and `evaluate` are float32 always. `auto` is bfloat16 on a
-    GPU and on CPUs that multiply it in hardware, else float32."""
+    GPU and on CPUs that multiply it in hardware, else float32. What is float32 is exact: no TF32."""
     threads: NonNegativeInt = 0
     """Threads of a process that computes; 0: one per usable core."""
     workers: NonNegativeInt = 0

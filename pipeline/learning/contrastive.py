@@ -75,10 +75,10 @@ def nt_xent(projected: Tensor, temperature: float, memory: Tensor | None = None)
 class Contrastive(nn.Module):
     """The network in training: (2B, 3, S, S) -> (2B, D) projections, and the (K, D) keys of its memory (None without one)."""
 
-    def __init__(self, projected: architectures.Projected, memory: Memory | None) -> None:
+    def __init__(self, projected: architectures.Projected, memory: Memory | None, pieces: int = 1) -> None:
         super().__init__()
         self.projected = projected
-        self.memory = None if memory is None else Keys(projected, memory)
+        self.memory = None if memory is None else Keys(projected, memory, pieces)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.projected(x), None if self.memory is None else self.memory(self.projected, x)
@@ -87,15 +87,17 @@ class Contrastive(nn.Module):
 class Keys(nn.Module):
     """A queue of the outputs of a slowly moving average of the network, one per image.
 
-    What it holds is part of the model's state, so a resumed run finds it again.
+    The average moves before the first of the `pieces` in which a step's batch comes. What it holds is
+    part of the model's state, so a resumed run finds it again.
     """
 
     keys: Tensor
     written: Tensor
 
-    def __init__(self, projected: architectures.Projected, params: Memory) -> None:
+    def __init__(self, projected: architectures.Projected, params: Memory, pieces: int = 1) -> None:
         super().__init__()
         self.ema = params.ema
+        self.pieces, self.piece = pieces, 0  # checkpoints lie between steps, where the piece is the first
         self.average = copy.deepcopy(projected).requires_grad_(False)
         self.register_buffer("keys", torch.zeros(params.size, projected.out))
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))
@@ -104,7 +106,9 @@ class Keys(nn.Module):
     def forward(self, projected: architectures.Projected, x: Tensor) -> Tensor:
         """The keys before this batch, (up to K, D) unit vectors; then the first view of each image goes in for the oldest."""
         before = self.keys[: int(self.written)].clone()
-        torch._foreach_lerp_(list(self.average.parameters()), list(projected.parameters()), 1 - self.ema)
+        if self.piece == 0:
+            torch._foreach_lerp_(list(self.average.parameters()), list(projected.parameters()), 1 - self.ema)
+        self.piece = (self.piece + 1) % self.pieces
         new = F.normalize(self.average(x[: len(x) // 2]).float(), dim=1)
         if ranks.size() > 1:
             parts = [torch.empty_like(new) for _ in range(ranks.size())]

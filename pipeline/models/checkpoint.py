@@ -107,7 +107,8 @@ def read_foreign(file: Path) -> dict[str, torch.Tensor]:
 def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str, skip: tuple[str, ...] = ()) -> None:
     """Load `state` into `model`; parameters under the prefixes `skip` (a new head) keep their values.
 
-    Raises CheckpointError naming the parameters that are missing, left over, or of another shape.
+    Raises CheckpointError naming the parameters that are missing, left over, of another shape, of whole numbers (quantised
+    weights need their scales), NaN or infinite. Counters of the model (`num_batches_tracked`) are whole numbers anyway.
     """
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(skip) or not skip}
     kept = {k: v for k, v in state.items() if not k.startswith(skip) or not skip}
@@ -119,14 +120,23 @@ def fill(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str, sk
         for k in sorted(wanted.keys() & kept.keys())
         if kept[k].shape != wanted[k].shape
     ]
+    common = [(k, kept[k]) for k in sorted(wanted.keys() & kept.keys()) if wanted[k].is_floating_point()]
+    whole = [f"{k} is {str(v.dtype).removeprefix('torch.')}" for k, v in common if not v.is_floating_point()]
+    broken = [k for k, v in common if v.is_floating_point() and not v.isfinite().all()]
     problems = [
         f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for what, names in (("missing", missing), ("left over", extra), ("of another shape", shapes))
+        for what, names in (
+            ("missing", missing),
+            ("left over", extra),
+            ("of another shape", shapes),
+            ("of whole numbers", whole),
+            ("that are NaN or infinite", broken),
+        )
         if names
     ]
     if problems:
         raise CheckpointError(
             f"{source} does not fit the model. Parameters {'; '.join(problems)}. "
-            "Name the architecture and options it was trained with."
+            "Name the architecture and options it was trained with, and weights in floating point."
         )
     model.load_state_dict(kept, strict=False)

@@ -38,7 +38,10 @@ class Device:
 
 
 def pick(machine: Machine) -> Device:
-    """The device that `machine` asks for; sets torch's thread count. Raises UserError for a device that is not there."""
+    """The device that `machine` asks for; sets torch's thread count, and that nothing stands in for float32.
+
+    Raises UserError for a device that is not there.
+    """
     torch.set_num_threads(machine.cores(machine.threads))
     torch.set_float32_matmul_precision("highest")  # TF32 would cut a float32 classifier's inputs to three digits
     torch.backends.cudnn.allow_tf32 = False
@@ -50,10 +53,9 @@ def pick(machine: Machine) -> Device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"params.yaml: `machine.device` is {name!r}, which torch cannot use here ({error}).") from None
-    if machine.precision == "auto":
-        fast = device.type == "cuda" or multiplies_bfloat16()
-        return Device(device, torch.bfloat16 if fast else torch.float32, machine.compile)
-    return Device(device, getattr(torch, machine.precision), machine.compile)
+    fast = device.type == "cuda" or multiplies_bfloat16()
+    precision = machine.precision if machine.precision != "auto" else "bfloat16" if fast else "float32"
+    return Device(device, getattr(torch, precision), machine.compile)
 
 
 def multiplies_bfloat16() -> bool:

@@ -18,7 +18,8 @@ SCRATCH = "scratch"
 class Network(Section):
     """An architecture with its options, its input, and whose weights it starts from.
 
-    Where training starts from a model directory, the directory must hold this network; its weights are taken then.
+    Where training starts from a model directory, the directory must hold this network; its weights are taken then. The input's
+    `size` and `canvas` alone may differ: training goes on at another resolution (Touvron et al. 2019).
     """
 
     arch: str
@@ -44,17 +45,19 @@ def start(
 ) -> tuple[nn.Module, Description]:
     """The network at the start of training, with a classifier in the order of `classes`.
 
-    `init` is a model directory, whose network `network` must be (None: whatever it is); a checkpoint file for `network`
-    (safetensors, or a .pth/.th that holds only tensors); or data/scratch. A classifier of other classes is left behind. Of a
-    network with several exits the part up to `exit` is taken, by default the deepest. `from_layer`: after which layer of a
-    pre-trained model's projection head the classifier stands, 0 for the encoder alone; it starts at zero. Logits stay as they
-    are stored, at the temperature of the description. Raises CheckpointError, ModelError, ExitError or ArtifactError.
+    `init` is a model directory, whose network `network` must be, but for the size and the crop of its input (None: whatever it
+    is); a checkpoint file for `network` (safetensors, or a .pth/.th that holds only tensors); or data/scratch. A classifier of
+    other classes is left behind. Of a network with several exits the part up to `exit` is taken, by default the deepest.
+    `from_layer`: after which layer of a pre-trained model's projection head the classifier stands, 0 for the encoder alone; it
+    starts at zero. Logits stay as they are stored, at the temperature of the description. Raises CheckpointError, ModelError,
+    ExitError or ArtifactError.
     """
     torch.manual_seed(seed)
     if init.is_dir():
         described = checkpoint.describe(init)
         if network is not None:
             _expect_network(network, described, init)
+            described = replace(described, input=inputs.Input(**{**described.input.model_dump(), **_said(network)}))
         if described.projection is not None:
             return _on_projection(described, init, classes, from_layer)
         _refuse_layer(from_layer, init)
@@ -62,6 +65,7 @@ def start(
         model = architectures.create(description.arch, len(classes), description.options)
         _take_over(model, state, str(init), _same(description, classes), classes)
         temperature = description.temperature if _same(description, classes) else 1.0
+        _expect_size(model, description.input.size, init)
         return model, replace(description, classes=classes, temperature=temperature)
     _refuse_layer(from_layer, init)
     if network is None:
@@ -211,28 +215,40 @@ def _on_projection(
 
 
 def _expect_network(wanted: Network, found: Description, init: Path) -> None:
-    """Raises CheckpointError unless a model directory holds the network that params name.
+    """Raises CheckpointError unless a model directory holds the network that params name, at whatever input size.
 
     What the stages add to its options (exits, layers of a projection head, the members of an ensemble) may be left out.
     """
     given = inputs.Input.model_validate(found.input)
     added = set(found.options) if found.arch == architectures.ENSEMBLE else {exits.OPTION, "head_layers"}
     own = {name: value for name, value in found.options.items() if name not in added}
-    said = wanted.input.model_dump(exclude_none=True)
-    if not wanted.pretrained:  # else what is left out came from the weights
-        said = wanted.input.fitted(None, False).model_dump()
-    same = given.model_dump()
+    said = _said(wanted)
     if (
         wanted.arch != found.arch
         or wanted.options not in (own, found.options)
-        or any(same[name] != value for name, value in said.items())
+        or any(getattr(given, name) != said[name] for name in ("mean", "std") if name in said)
     ):
         theirs = f"{{arch: {found.arch}, options: {own}, input: {given.model_dump(mode='json')}}}"
         raise CheckpointError(
             f"`model` is another network than that of {init}, from which training starts: it is "
             f"{{arch: {wanted.arch}, options: {wanted.options}, input: {wanted.input.model_dump(mode='json')}}}, not {theirs}. "
-            "Name the model that the directory was made with."
+            "Name the model that the directory was made with; only `size`, `crop` and `canvas` of the input may differ."
         )
+
+
+def _said(wanted: Network) -> dict[str, Any]:
+    """What params say of the input; what they leave out of a network from published weights came from the weights."""
+    return wanted.input.model_dump(exclude_none=True) if wanted.pretrained else wanted.input.fitted(None, False).model_dump()
+
+
+def _expect_size(model: nn.Module, size: int, init: Path) -> None:
+    """Raises CheckpointError if a network cannot take squares of `size` pixels, such as a ViT made for another size."""
+    try:
+        architectures.macs(model, size)
+    except (AssertionError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the network of {init} takes no images of {size} pixels ({error}): give `input.size` as it was."
+        ) from None
 
 
 def _refuse_layer(from_layer: int | None, init: Path) -> None:

@@ -99,7 +99,9 @@ def run(
         s = model(inputs.normalise(batch.views, input_spec))
         value = params.loss(s, t)
         if params.alpha < 1:
-            value = params.alpha * value + (1 - params.alpha) * cross_entropy(s / temperature, hard[batch.rows].to(on.device))
+            y = hard[batch.rows].to(on.device)  # B
+            own = cross_entropy(s / temperature, y, params.training.smoothing)
+            value = params.alpha * value + (1 - params.alpha) * own
         return value
 
     view = params.view or taught_by.view
@@ -114,9 +116,10 @@ def run(
         return trained.save(tmp, description, counts, note, frozen=taught_by.networks)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(N, C) logits, (N,) labels -> the sum over the images whose label is not UNKNOWN, divided by N."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=UNKNOWN, reduction="sum") / len(labels)
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """(N, C) logits, (N,) labels to smooth -> the sum over the images whose label is not UNKNOWN, divided by N."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=UNKNOWN, reduction="sum", label_smoothing=smoothing)
+    return total / len(labels)
 
 
 if __name__ == "__main__":

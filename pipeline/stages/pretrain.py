@@ -57,7 +57,7 @@ def run(params: Pretrain, *, train: Path, holdout: Path, chosen: Path, out: Path
     plain = _encoder(params.model)
     input_spec = params.model.input.fitted(architectures.timm_input(plain) if params.model.pretrained else None, False)
     encoder = architectures.Projected(plain, params.head_layers, params.head_out)
-    model = Contrastive(encoder, params.memory)
+    model = Contrastive(encoder, params.memory, params.training.accumulate)
 
     def contrast(model: nn.Module, batch: views.Batch) -> Tensor:
         both = batch.views.transpose(0, 1).flatten(0, 1)  # 2B, 3, S, S

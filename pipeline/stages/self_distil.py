@@ -42,8 +42,9 @@ class SelfDistil(Section):
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Weighs the deepest exit's probabilities against the labels. Published code has 0.1 and 0.3."""
     lambda_: NonNegativeFloat = Field(1e-4, alias="lambda")
-    """Weighs the deepest exit's features. Published code has 1e-6 on pooled features summed over a batch of 128 (1.28e-4 where
-    a batch is averaged, as here)."""
+    """Weighs the deepest exit's features: squared distances, summed over channels, averaged over positions and images. Published
+    code has 1e-6 on pooled features, summed over a batch of 128: 1.28e-4 for the mean over a batch. Pooled features are never
+    further apart than maps are by this average, and up to H x W times nearer."""
     temperature: Annotated[float, Field(gt=0)] = 3.0
     """T of the deepest exit's probabilities. Published code has 3."""
     labelled: bool = True
@@ -122,7 +123,7 @@ def objective(exited: Exited, target: Target, alpha: float, lambda_: float, temp
 
     q = softmax(s / T) of an exit's logits, F its features before the pool, C the deepest exit. That one has neither of the last
     two terms, its first has the weight 1, and no gradient reaches it through those of the others. Each term is the mean over the
-    batch of a sum over classes or over a whole feature map, in float32.
+    batch of a sum over classes, or of a sum over channels that is averaged over the H x W positions, in float32.
     """
     *shallow, deepest = exited.logits
     *maps, deepest_map = (f.float() for f in exited.features)
@@ -133,7 +134,7 @@ def objective(exited: Exited, target: Target, alpha: float, lambda_: float, temp
         if alpha:
             total = total + alpha * from_deepest(s, deepest.detach())
         if lambda_:
-            total = total + lambda_ * (f - deepest_map.detach()).square().sum((1, 2, 3)).mean()
+            total = total + lambda_ * (f - deepest_map.detach()).square().sum(1).mean()
     return total
 
 

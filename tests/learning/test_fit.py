@@ -1,5 +1,6 @@
 """The training loop: resumed runs end with the same bits, bad losses stop it, the schedule is what it says."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,106 @@ def test_lars_follows_a_naive_step_and_leaves_norms_and_biases_to_plain_momentum
         optimizer.step()
     for name, p in model.named_parameters():
         assert torch.allclose(p, expected[name], rtol=1e-6, atol=1e-9), name
+
+
+def momentum(
+    decay: float, nesterov: bool, optimizer: str, model: nn.Module, steps: int, lr: float = 0.1
+) -> torch.optim.Optimizer:
+    training = {"steps": steps, "optimizer": optimizer, "lr": lr, "weight_decay": decay, "nesterov": nesterov}
+    return optimisers.build_optimizer(model, optimisers.Training.model_validate(training))
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+def test_a_zero_initialised_classifier_learns_under_lars_by_plain_momentum(decay: float) -> None:
+    """SimCLR excludes `head_supervised`: a trust of 0.001 |w| / |g| would hold a classifier that starts at zero near zero."""
+    torch.manual_seed(0)
+    model = architectures.create("resnet8", 3, {"width": 4})
+    architectures.zero_classifier(model)
+    x, y = torch.randn(12, 3, 8, 8), torch.arange(12) % 3
+    optimizer = momentum(decay, True, "lars", model, 2)
+    weight = model.get_parameter("linear.weight")
+    expected, speed = weight.detach().clone(), torch.zeros_like(weight)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        assert weight.grad is not None
+        speed = 0.9 * speed + weight.grad + decay * expected
+        expected = expected - 0.1 * speed
+        optimizer.step()
+        assert torch.allclose(weight, expected, atol=1e-7)
+    assert F.cross_entropy(model(x), y).item() < 0.9 * math.log(3)
+    assert {part["weight_decay"] for part in optimizer.param_groups} == {0.0, decay}
+
+
+@pytest.mark.parametrize(("optimizer", "nesterov"), [("sgd", True), ("sgd", False), ("lars", True)])
+def test_nesterovs_step_is_a_choice_of_sgd(optimizer: str, nesterov: bool) -> None:
+    model = nn.BatchNorm1d(2)  # which lars does not adapt
+    chosen = momentum(0.0, nesterov, optimizer, model, 2)
+    model.weight.data.zero_()
+    for _ in range(2):
+        model.weight.grad = torch.ones(2)
+        chosen.step()
+    looks_ahead = nesterov and optimizer == "sgd"
+    assert model.weight.tolist() == pytest.approx([-0.1 * (1.9 + 2.71 if looks_ahead else 1 + 1.9)] * 2)
+
+
+def test_the_average_of_a_short_training_forgets_its_start(tmp_path: Path) -> None:
+    """A parameter that is 1 at the first step and 0 after it: the average is what is left of the first step."""
+    model = nn.Linear(1, 1)
+    average = fit.AveragedModel(model, multi_avg_fn=optimisers.warmed_up(0.999))
+    for step in range(400):
+        nn.init.constant_(model.weight, float(step == 0))
+        average.update_parameters(model)
+    assert average.module.get_parameter("weight").item() < 1e-6  # 0.67 with 0.999 from the start
+    long = fit.AveragedModel(model, multi_avg_fn=optimisers.warmed_up(0.5))
+    for weight in (0.0,) * 20 + (1.0,):
+        nn.init.constant_(model.weight, weight)
+        long.update_parameters(model)
+    assert long.module.get_parameter("weight").item() == pytest.approx(0.5)
+
+
+def test_tokens_and_position_embeddings_do_not_decay() -> None:
+    model = architectures.create("vit_tiny_patch16_224", 3, {"img_size": 32, "embed_dim": 12, "depth": 1})
+    for network, prefix in ((model, ""), (nn.Sequential(model), "0.")):
+        optimizer = momentum(0.1, True, "adamw", network, 1)
+        free = {id(p) for part in optimizer.param_groups if not part["weight_decay"] for p in part["params"]}
+        named = dict(network.named_parameters())
+        wide = {name for name, p in named.items() if id(p) in free and p.ndim > 1}
+        assert wide == {f"{prefix}cls_token", f"{prefix}pos_embed"}
+
+
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9}, {"optimizer": "adamw", "weight_decay": 0.5}], ids=["sgd", "ema", "adamw"])
+def test_frozen_layers_keep_their_weights_and_statistics(tmp_path: Path, more: dict[str, Any]) -> None:
+    """All but the last normalisation and the classifiers: what the Fix step trains. The checks put the model into eval mode."""
+    torch.manual_seed(0)
+    start = nn.Sequential(architectures.create("resnet8", 3, {"width": 4}), nn.Dropout(0.2), nn.Linear(3, 3)).state_dict()
+    frozen = ("0.conv1", "0.bn1", "0.layer1", "0.layer2", "0.layer3.0.conv", "0.layer3.0.bn1")
+    training = optimisers.Training.model_validate({"steps": 12, "batch": 16, "frozen": frozen, **more})
+    model, _ = train(tmp_path, training)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    bn = "0.layer3.0.bn2"
+    learned = {f"{bn}.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert moved == learned | {"0.linear.weight", "0.linear.bias", "2.weight", "2.bias"}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_frozen_layers_survive_a_kill(tmp_path: Path) -> None:
+    training = optimisers.Training(steps=9, batch=16, frozen=("0.conv1", "0.bn1"))
+    whole, history = train(tmp_path / "whole", training)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", training, die_at=5)
+    resumed, resumed_history = train(tmp_path / "killed", training)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert resumed_history == history
+
+
+def test_frozen_layers_must_be_there_and_leave_some(tmp_path: Path) -> None:
+    with pytest.raises(
+        optimisers.TrainingError, match=r"`training.frozen` names stage, with which no parameter.*They begin with 0, 2"
+    ):
+        train(tmp_path, optimisers.Training(steps=1, batch=16, frozen=("0.conv1", "stage")))
+    with pytest.raises(optimisers.TrainingError, match=r"`training.frozen` \(0, 2\) leaves no parameter to learn"):
+        train(tmp_path, optimisers.Training(steps=1, batch=16, frozen=("0", "2")))
 
 
 def test_every_pass_sees_every_image_once_in_another_order() -> None:

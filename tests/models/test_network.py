@@ -77,9 +77,29 @@ def test_a_model_beside_a_model_directory_must_be_the_one_in_it(tmp_path: Path) 
     folder = saved(tmp_path / "m")
     named, _ = network.start(small(source_classes="train", input={"size": 8, "crop": 1}), folder, CLASSES, 0)
     assert same(named, network.start(None, folder, CLASSES, 0)[0])
-    for other in ({"arch": "resnet14"}, {"options": {"width": 8}}, {"input": {"size": 8, "canvas": 9}}):
+    for other in ({"arch": "resnet14"}, {"options": {"width": 8}}, {"input": {"size": 8, "mean": [0, 0, 0]}}):
         with pytest.raises(CheckpointError, match=r"`model` is another network than that of .*m, .*options: \{'width': 4\}"):
             network.start(small(**other), folder, CLASSES, 0)
+
+
+def test_a_start_at_another_resolution_has_the_weights_and_the_new_input(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    model, description = network.start(small(input={"size": 12, "canvas": 14}), folder, CLASSES, 0)
+    assert same(model, network.load(folder, CLASSES)[0])
+    assert (description.input.size, description.input.canvas) == (12, 14)
+    assert network.start(None, folder, CLASSES, 0)[1].input.size == 8
+    assert model(torch.zeros(2, 3, 12, 12)).shape == (2, 3)
+
+
+def test_a_network_of_one_size_is_refused_at_another(tmp_path: Path) -> None:
+    options = {"img_size": 32, "embed_dim": 12, "depth": 1}
+    vit = network.Network(arch="vit_tiny_patch16_224", options=options, input=inputs.Input(size=32))
+    model, description = network.start(vit, SCRATCH, CLASSES, 0)
+    with artifact.writing(tmp_path / "m") as tmp:
+        checkpoint.save(tmp, model, description, {})
+    larger = vit.model_copy(update={"input": inputs.Input(size=48)})
+    with pytest.raises(CheckpointError, match=r"takes no images of 48 pixels"):
+        network.start(larger, tmp_path / "m", CLASSES, 0)
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path: Path) -> None:
@@ -114,6 +134,33 @@ def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     torch.save(architectures.create("resnet8", 3, {"width": 8}).state_dict(), tmp_path / "theirs.pth")
     with pytest.raises(CheckpointError, match=r"bn1.bias is \(8,\), the model's \(4,\)"):
         network.start(small(source_classes="train"), tmp_path / "theirs.pth", CLASSES, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_whole_numbers_in_place_of_weights_are_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = architectures.create("resnet8", 3, OPTIONS).state_dict()
+    state["layer1.0.conv1.weight"] = (127 * state["layer1.0.conv1.weight"]).to(dtype)
+    torch.save(state, tmp_path / "theirs.pth")
+    said = rf"of whole numbers: layer1\.0\.conv1\.weight is {str(dtype).removeprefix('torch.')}"
+    with pytest.raises(CheckpointError, match=said):
+        network.start(small(source_classes="train"), tmp_path / "theirs.pth", CLASSES, 0)
+    with artifact.writing(tmp_path / "ours") as tmp:
+        model = nn.ParameterDict({"unused": nn.Parameter(torch.zeros(1))})
+        checkpoint.save(tmp, model, checkpoint.Description("resnet8", CLASSES, inputs.Input(size=8), OPTIONS), {})
+        safetensors.torch.save_file(state, tmp / checkpoint.WEIGHTS)
+    with pytest.raises(CheckpointError, match=said):
+        network.load(tmp_path / "ours", CLASSES)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    model = architectures.create("resnet8", 3, OPTIONS)
+    model.get_buffer("bn1.running_var")[2] = value
+    with artifact.writing(tmp_path / "ours") as tmp:
+        checkpoint.save(tmp, model, checkpoint.Description("resnet8", CLASSES, inputs.Input(size=8), OPTIONS), {})
+    for read in (lambda: network.load(tmp_path / "ours", CLASSES), lambda: network.start(None, tmp_path / "ours", CLASSES, 0)):
+        with pytest.raises(CheckpointError, match=r"NaN or infinite: bn1\.running_var"):
+            read()
 
 
 def test_another_architecture_is_refused_by_its_missing_parameters(tmp_path: Path) -> None:

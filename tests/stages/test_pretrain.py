@@ -204,6 +204,25 @@ def test_blur_is_torchvisions() -> None:
         assert torch.allclose(out[i], tv.gaussian_blur(batch[i], [5, 5], [float(sigma[i])] * 2), atol=1e-3)
 
 
+def test_the_average_moves_once_in_a_step_of_several_pieces() -> None:
+    torch.manual_seed(0)
+    projected = architectures.Projected(architectures.create("resnet8", 0, {"width": 4}), 2, 3)
+    keys = contrastive.Keys(projected, contrastive.Memory(size=5, ema=0.9), pieces=3)
+    expected = [p.detach().clone() for p in keys.average.parameters()]
+    x = torch.randn(4, 3, 8, 8)
+    for _ in range(2):  # steps
+        with torch.no_grad():
+            for p in projected.parameters():
+                p.add_(1.0)
+        expected = [0.9 * e + 0.1 * p for e, p in zip(expected, projected.parameters(), strict=True)]
+        for _ in range(3):
+            keys(projected, x)
+            assert all(torch.allclose(p, e, atol=1e-6) for p, e in zip(keys.average.parameters(), expected, strict=True))
+    model = contrastive.Contrastive(projected, contrastive.Memory(), pieces=3)
+    assert model.memory is not None
+    assert model.memory.pieces == 3
+
+
 def test_the_memory_holds_the_last_keys_of_a_moving_average() -> None:
     torch.manual_seed(0)
     projected = architectures.Projected(architectures.create("resnet8", 0, {"width": 4}), 2, 3)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.harness.machine import Machine
 from pipeline.stages import select
 from pipeline.stages.select import Select
-from pipeline.store import artifact, manifest, scores
+from pipeline.store import artifact, manifest, ranking, scores
 from pipeline.store.scores import open_scores
 
 CLASSES = ("ant", "bee", "cow", "dog", "elk", "fox")
@@ -142,7 +143,7 @@ def test_the_same_where_the_heaps_of_all_classes_would_not_fit(tmp_path: Path, m
     for k in (7, 999_999):
         pool.run(tmp_path / "fits", k=k, membership="any")
         with monkeypatch.context() as patch:
-            patch.setattr(select, "HEAPS", 1e-9)
+            patch.setattr(ranking, "HEAPS", 1e-9)
             pool.run(tmp_path / "counted", k=k, membership="any")
         assert artifact.identity(tmp_path / "counted") == artifact.identity(tmp_path / "fits")
 
@@ -173,6 +174,87 @@ def test_random_is_as_many_images_as_top_drawn_by_the_seed(tmp_path: Path) -> No
     assert len(set(drawn[0]) & set(drawn[1])) < 0.9 * len(drawn[0])
     pool.run(tmp_path / "again", k=40, membership="any", rule="random", seed=0)
     assert selected(tmp_path / "again") == drawn[0]
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize(("membership", "members"), MEMBERSHIPS)
+@pytest.mark.parametrize(("skip", "k"), [(1, 1), (5, 7), (40, 60)])
+def test_a_band_is_what_the_greedy_loop_takes_after_the_first(
+    tmp_path: Path, membership: str, members: int, skip: int, k: int, several: bool
+) -> None:
+    pool = Pool(tmp_path, 300)
+    metrics = pool.run(tmp_path / "out", rule="band", skip=skip, k=k, membership=membership, p=2, several=several)
+    taken = {c: rows[skip:] for c, rows in greedy(pool, members, skip + k, several).items()}
+    rows = sorted({row for of_class in taken.values() for row in of_class})
+    assert selected(tmp_path / "out") == [pool.ids[row] for row in rows]
+    log_p = {(row, c): -surprisal for surprisal, row, _, c in pool.pairs(members)}
+    report = json.loads((tmp_path / "out" / select.SELECTION).read_text())
+    assert (report["rule"], report["skip"], report["k"]) == ("band", skip, k)
+    assert [c["taken"] for c in report["classes"]] == [len(taken[c]) for c in range(len(CLASSES))]
+    lowest = [min((log_p[row, c] for row in taken[c]), default=None) for c in range(len(CLASSES))]
+    assert [c["cut_off"] for c in report["classes"]] == lowest
+    assert metrics["short"] == {CLASSES[c]: len(rows) for c, rows in taken.items() if len(rows) < k}
+
+
+def test_balanced_is_as_many_of_each_first_class_as_top_drawn_by_the_seed(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, 600)
+    first = {image: CLASSES[c] for image, c in zip(pool.ids, pool.classes[:, 0], strict=True)}
+    for k in (40, 90):  # 90: some classes have fewer
+        top = pool.run(tmp_path / "top", k=k)
+        wanted = json.loads((tmp_path / "top" / select.SELECTION).read_text())["classes"]
+        drawn = {}
+        for seed in (0, 1):
+            metrics = pool.run(tmp_path / "out", k=k, rule="balanced", seed=seed)
+            drawn[seed] = selected(tmp_path / "out")
+            said = json.loads((tmp_path / "out" / select.SELECTION).read_text())["classes"]
+            assert (metrics["images"], metrics["short"]) == (top["images"], top["short"])
+            of_class = [first[image] for image in drawn[seed]]
+            assert [of_class.count(name) for name in CLASSES] == [c["taken"] for c in said] == [c["taken"] for c in wanted]
+            assert [c["available"] for c in said] == [c["available"] for c in wanted]
+            assert {c["cut_off"] for c in said} == {None}
+        assert len(set(drawn[0]) & set(drawn[1])) < 0.95 * len(drawn[0])
+        assert drawn[0] != selected(tmp_path / "top")
+        pool.run(tmp_path / "again", k=k, rule="balanced", seed=0)
+        assert selected(tmp_path / "again") == drawn[0]
+
+
+def test_balanced_takes_all_of_a_class_that_is_the_first_of_fewer_than_top_takes(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, 300)
+    pool.run(tmp_path / "top", k=60, membership="any")
+    taken = [c["taken"] for c in json.loads((tmp_path / "top" / select.SELECTION).read_text())["classes"]]
+    pool.run(tmp_path / "out", k=60, membership="any", rule="balanced")
+    report = json.loads((tmp_path / "out" / select.SELECTION).read_text())["classes"]
+    firsts = np.bincount(pool.classes[:, 0], minlength=len(CLASSES))
+    assert [c["taken"] for c in report] == np.minimum(taken, firsts).tolist()
+    assert any(firsts < taken)
+
+
+def test_balanced_is_uniform_within_a_class(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, 4_900)
+    pool.run(tmp_path / "out", k=300, rule="balanced")
+    drawn = np.isin(pool.ids, selected(tmp_path / "out"))
+    for c in range(len(CLASSES)):
+        of_class = np.flatnonzero(pool.classes[:, 0] == c)
+        share = min(1.0, 300 / len(of_class))
+        for part in (of_class // 490, pool.logits[of_class, 0]):
+            groups = [drawn[of_class[part == value]] for value in np.unique(part)]
+            assert all(abs(g.mean() - share) <= 4.5 * np.sqrt(share * (1 - share) / len(g)) for g in groups)
+
+
+@pytest.mark.parametrize("rule", [{"rule": "band", "skip": 50}, {"rule": "balanced"}])
+def test_the_controls_are_the_same_whatever_the_threads_memory_and_row_groups(tmp_path: Path, rule: dict[str, Any]) -> None:
+    identities = set()
+    for threads, memory_gb, row_group in [(1, 1.0, 100_000), (4, 0.1, 500)]:
+        pool = Pool(tmp_path, 40_000, row_group=row_group)
+        pool.run(tmp_path / "out", threads=threads, memory_gb=memory_gb, k=900, membership="any", **rule)
+        identities.add(artifact.identity(tmp_path / "out"))
+    assert len(identities) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"rule": "band"}, {"rule": "top", "skip": 3}, {"rule": "band", "skip": 999_999}])
+def test_skip_belongs_to_band(tmp_path: Path, wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"`skip`"):
+        Select.model_validate({"scores": "score/teacher", "k": 7, **wrong})
 
 
 def test_random_is_uniform_over_the_rows(tmp_path: Path) -> None:

@@ -49,9 +49,9 @@ def divergences(found: Exited) -> list[float]:
 
 
 def distances(found: Exited) -> list[float]:
-    """||F_i - F_C||^2 of each exit but the deepest."""
+    """||F_i - F_C||^2 at a position, averaged over the 2 x 3 positions, of each exit but the deepest."""
     deepest = found.features[-1]
-    return [sum(((f[b] - deepest[b]) ** 2).sum().item() for b in range(B)) / B for f in found.features[:-1]]
+    return [sum(((f[b] - deepest[b]) ** 2).sum().item() for b in range(B)) / B / 6 for f in found.features[:-1]]
 
 
 def target(y: torch.Tensor) -> self_distil.Target:
@@ -84,6 +84,13 @@ def test_terms_do_not_grow_with_the_batch() -> None:
     twice = Exited(tuple(torch.cat([s, s]) for s in found.logits), tuple(torch.cat([f, f]) for f in found.features))
     once = self_distil.objective(found, target(y), 0.3, 0.01, T)
     assert self_distil.objective(twice, target(torch.cat([y, y])), 0.3, 0.01, T).item() == pytest.approx(once.item(), rel=1e-5)
+
+
+def test_terms_do_not_grow_with_the_resolution() -> None:
+    found, y = batch()
+    larger = Exited(found.logits, tuple(f.repeat_interleave(4, 2).repeat_interleave(4, 3) for f in found.features))
+    once = self_distil.objective(found, target(y), 0.3, 0.01, T)
+    assert self_distil.objective(larger, target(y), 0.3, 0.01, T).item() == pytest.approx(once.item(), rel=1e-5)
 
 
 def test_it_learns_every_exit_and_is_a_function_of_params_and_seed(data: Path, tmp_path: Path) -> None:

@@ -71,6 +71,48 @@ def test_distil_reads_no_label_of_the_images_it_trains_on(data: Path, tmp_path: 
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_hard_labels_are_smoothed_as_the_training_says() -> None:
+    """With labels of two of three images; the third adds nothing, and N counts it."""
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0], [9.0, 0.0, 0.0]])
+    log_q = logits.log_softmax(1)
+    soft = torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]])
+    value = distil.cross_entropy(logits, torch.tensor([0, 2, distil.UNKNOWN]), 0.3)
+    assert value.item() == pytest.approx(-(soft * log_q[:2]).sum().item() / 3)
+
+
+def test_smoothing_changes_what_is_learned_where_labels_are_read(data: Path, tmp_path: Path) -> None:
+    teacher = taught(data, tmp_path / "teacher")
+    for name, alpha, smoothing in (("hard", 0.5, 0), ("soft", 0.5, 0.3), ("none", 1.0, 0), ("none-soft", 1.0, 0.3)):
+        distilled(data, tmp_path / name, teacher, alpha=alpha, training={**TRAINING, "smoothing": smoothing})
+    weights = {name: checkpoint.weights(tmp_path / name)["linear.weight"] for name in ("hard", "soft", "none", "none-soft")}
+    assert not torch.equal(weights["hard"], weights["soft"])
+    assert torch.equal(weights["none"], weights["none-soft"])
+
+
+FIX = {**TRAINING, "frozen": ["conv1", "bn1", "layer1", "layer2", "layer3.0.conv", "layer3.0.bn1"]}
+LARGER = {**SMALL, "input": {"size": 20, "canvas": 24}}
+
+
+@pytest.mark.parametrize("stage", ["teach", "distil"])
+def test_a_fine_tune_of_the_head_at_a_larger_input(data: Path, tmp_path: Path, stage: str) -> None:
+    """The Fix step (Touvron et al. 2019): the classifier and the last normalisation learn, on larger images."""
+    teacher = taught(data, tmp_path / "teacher")
+    out = tmp_path / "fixed"
+    if stage == "teach":
+        taught(data, out, scratch=tmp_path / "s-fix", init_path=teacher, model=LARGER, training=FIX)
+    else:
+        distilled(data, out, teacher, init_path=teacher, model=LARGER, training=FIX)
+    before, after = checkpoint.weights(teacher), checkpoint.weights(out)
+    moved = {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"layer3.0.bn2", "linear"}
+    description = checkpoint.describe(out)
+    assert (description.input.size, description.input.canvas) == (20, 24)
+    larger = architectures.macs(network.load(out, ("ant", "bee", "cat"))[0], 20)
+    seen = description.training["macs"] - checkpoint.describe(teacher).training["macs"]
+    assert seen >= 4 * 8 * 3 * larger
+    scored(data, out, tmp_path / "scores")
+
+
 def test_distil_adds_the_labelled_images_once(data: Path, tmp_path: Path) -> None:
     teacher = taught(data, tmp_path / "teacher")
     assert distilled(data, tmp_path / "a", teacher)["images"] == 20 + 18
@@ -195,9 +237,9 @@ def test_hard_labels_are_added_where_they_are_known(data: Path, tmp_path: Path, 
         terms["soft"] = soft(self, s, t).detach()
         return soft(self, s, t)
 
-    def recorded(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def recorded(logits: torch.Tensor, y: torch.Tensor, smoothing: float) -> torch.Tensor:
         terms["logits"], terms["y"] = logits.detach(), y
-        return hard(logits, y)
+        return hard(logits, y, smoothing)
 
     monkeypatch.setattr(losses.SoftLoss, "__call__", softly)
     monkeypatch.setattr(distil, "cross_entropy", recorded)

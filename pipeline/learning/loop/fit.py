@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from pipeline.harness import progress, ranks
 from pipeline.harness.job import Job
 from pipeline.learning import views
 from pipeline.learning.loop import group
-from pipeline.learning.loop.optimisers import Training, TrainingError, build_optimizer
+from pipeline.learning.loop.optimisers import Training, TrainingError, build_optimizer, freeze, warmed_up
 from pipeline.learning.loop.state import State
 from pipeline.learning.loop.trained import Trained
 from pipeline.learning.views import Batch
@@ -76,9 +76,10 @@ def fit(
         )
     group.join(device.device)
     model = device.place(model).train()
+    frozen, still = freeze(model, training.frozen)
     called = group.wrapped(model, device.device)
     optimizer = build_optimizer(model, training)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True) if training.ema else None
+    average = AveragedModel(model, multi_avg_fn=warmed_up(training.ema), use_buffers=True) if training.ema else None
     result = model if average is None else average.module
     state = State(job.workdir / "checkpoint", model, optimizer, average)
     done = state.resume()
@@ -96,6 +97,8 @@ def fit(
     with progress.bar(training.steps, "steps", label, done=done.step) as shown:
         for step, raw in zip(steps, inputs.ahead(lambda s: pixels.gather(order.at(s)[0][own]), steps), strict=True):
             _seed_dropout(job.seed, step)
+            for name in still:
+                model.get_submodule(name).eval()  # `check` puts the whole model back into training mode
             for parameters in optimizer.param_groups:
                 parameters["lr"] = training.rate(step) * parameters["multiple"]
             rows, passes = (of_all[own] for of_all in order.at(step))
@@ -122,6 +125,8 @@ def fit(
                 state.save(done)
                 saved = time.monotonic()
             shown.update(1)
+    for name in frozen:
+        result.get_parameter(name).requires_grad_()
     measured = {name: value for name, value in done.history["holdout"][-1].items() if name != "step"}
     return Trained(result, done.history, measured, training.steps, training.batch)
 

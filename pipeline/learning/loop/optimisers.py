@@ -1,13 +1,16 @@
 """How long and how fast to learn: schedule, optimiser, decay."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.errors import UserError
+from pipeline.models import architectures
 from pipeline.store.params import Section
 
 
@@ -19,8 +22,8 @@ class Training(Section):
     batch: PositiveInt = 256
     """Images of a step, of all processes together."""
     optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
-    """`sgd` with Nesterov's step; `adamw`; `lars` (You et al. 2017; momentum without Nesterov's step, trust coefficient 0.001),
-    which adapts the rate of each tensor, but not of biases and normalisation."""
+    """`sgd`; `adamw`; `lars` (You et al. 2017; trust coefficient 0.001), which adapts the rate of each tensor, but, as
+    SimCLR has it, not of biases, normalisation and the classifier."""
     lr: PositiveFloat = 0.1
     """The learning rate at its peak, see `lr_scaling`."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
@@ -28,21 +31,28 @@ class Training(Section):
     the batch (SimCLR: 0.075)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """The momentum of `sgd` and `lars`."""
+    nesterov: bool = True
+    """Whether `sgd` takes Nesterov's step, which looks ahead along the momentum; `lars` never does."""
     weight_decay: NonNegativeFloat = 5e-4
-    """Decay of the weights; biases and normalisation are left alone."""
+    """Decay of the weights; biases, normalisation, and what a network of timm names (a ViT's class token and position embeddings)
+    are left alone."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """The share of the steps over which the rate rises to its peak."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of a moving average of the weights, which then is the result; 0: off."""
+    """Decay of a moving average of the weights, which then is the result; 0: off. After t steps it is at most (1 + t) / (10 + t),
+    so that a short training forgets its start."""
     clip: NonNegativeFloat = 0.0
     """Bound of the gradient's norm; 0: off."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Label smoothing, where labels are read."""
+    """Label smoothing, where labels are read: in `distil`, where `alpha` is below 1."""
     accumulate: PositiveInt = 1
     """Pass each batch in so many pieces, which take their own batch statistics, to save memory."""
     rates: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Multiples of the learning rate by the beginning of parameter names (`{conv1: 0.1, layer1: 0.2}`), the longest that fits:
     for transfer."""
+    frozen: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Layers that stay as they are, by the beginning of parameter names (`[conv1, bn1, layer]`): no gradient, no decay, and their
+    normalisation keeps its statistics. Compute is counted as if they learned."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step in 0..steps-1."""
@@ -68,29 +78,92 @@ class TrainingError(UserError):
 
 
 def build_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    unused = set(training.rates)
+    """The optimiser of the parameters that learn. Raises TrainingError for a beginning in `rates` that no parameter has."""
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    unused, undecayed, classifier = set(training.rates), _undecayed(model), architectures.heads(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             fitting = [start for start in training.rates if name.startswith(start)]
             unused.difference_update(fitting)
             multiple = training.rates[max(fitting, key=len)] if fitting else 1.0
-            groups.setdefault((parameter.ndim > 1, multiple), []).append(parameter)
-    if unused:
-        raise TrainingError(
-            f"`training.rates` names {', '.join(sorted(unused))}, with which no parameter of the model begins. "
-            f"They begin with {', '.join(sorted({name.split('.')[0] for name, _ in model.named_parameters()}))}."
-        )
+            decays = parameter.ndim > 1 and name not in undecayed
+            adapts = training.optimizer == "lars" and decays and not name.startswith(classifier)
+            groups.setdefault((decays, adapts, multiple), []).append(parameter)
+    _refuse_unused("rates", unused, model)
     parts: list[dict[str, Any]] = [
-        {"params": group, "weight_decay": training.weight_decay if decays else 0.0, "multiple": multiple}
-        for (decays, multiple), group in groups.items()
+        {"params": group, "weight_decay": training.weight_decay if decays else 0.0, "adapts": adapts, "multiple": multiple}
+        for (decays, adapts, multiple), group in groups.items()
     ]
     if training.optimizer == "sgd":
-        return torch.optim.SGD(parts, lr=training.lr, momentum=training.momentum, nesterov=training.momentum > 0)
+        nesterov = training.nesterov and training.momentum > 0
+        return torch.optim.SGD(parts, lr=training.lr, momentum=training.momentum, nesterov=nesterov)
     if training.optimizer == "lars":
-        from timm.optim import Lars  # a second of import time that the others need not pay
-
-        # By default timm's adapts where there is decay: a decay of 0 would make it plain SGD.
-        parts = [part | {"always_adapt": decays} for part, (decays, _) in zip(parts, groups, strict=True)]
         return Lars(parts, lr=training.lr, momentum=training.momentum)
     return torch.optim.AdamW(parts, lr=training.lr)
+
+
+def freeze(model: nn.Module, beginnings: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Take the gradient from the parameters that begin so; returns their names, and those of the modules to keep in eval mode.
+
+    Raises TrainingError for a beginning that no parameter has, and if nothing is left to learn.
+    """
+    if not beginnings:
+        return [], []
+    named = dict(model.named_parameters())
+    _refuse_unused("frozen", {start for start in beginnings if not any(name.startswith(start) for name in named)}, model)
+    taken = [name for name, p in named.items() if name.startswith(beginnings) and p.requires_grad]
+    for name in taken:
+        named[name].requires_grad_(False)
+    if not any(p.requires_grad for p in named.values()):
+        raise TrainingError(f"`training.frozen` ({', '.join(beginnings)}) leaves no parameter to learn. Take the classifier out.")
+    return taken, [name for name, _ in model.named_modules() if f"{name}.".startswith(beginnings)]
+
+
+def _refuse_unused(key: str, unused: set[str], model: nn.Module) -> None:
+    if unused:
+        raise TrainingError(
+            f"`training.{key}` names {', '.join(sorted(unused))}, with which no parameter of the model begins. "
+            f"They begin with {', '.join(sorted({name.split('.')[0] for name, _ in model.named_parameters()}))}."
+        )
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    """The parameters that the network, or one inside it, says are not to decay."""
+    found = set()
+    for prefix, module in model.named_modules():
+        if callable(names := getattr(module, "no_weight_decay", None)):
+            found |= {f"{prefix}.{name}".removeprefix(".") for name in names()}
+    return found
+
+
+class Lars(torch.optim.SGD):
+    """Momentum on gradients of the size of their weights: trust (g + decay w) with trust = 0.001 |w| / (|g| + decay |w|).
+
+    You et al. 2017, algorithm 1, for the groups that say so by `adapts`; the others keep their gradients. Where a norm is 0,
+    trust is 1, as in SimCLR's code.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            if group["adapts"]:
+                for w in group["params"]:
+                    if w.grad is not None:
+                        w_norm, g_norm = w.norm(), w.grad.norm()
+                        trust = 0.001 * w_norm / (g_norm + decay * w_norm)
+                        w.grad.add_(w, alpha=decay).mul_(torch.where((w_norm > 0) & (g_norm > 0), trust, 1.0))
+                group["weight_decay"] = 0.0  # it is in the gradient
+        super().step(closure)
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+
+
+def warmed_up(ema: float) -> Callable[[Any, Any, Any], None]:
+    """What makes an AveragedModel a moving average of decay min(ema, (1 + t) / (10 + t)) after t steps."""
+
+    def update(averages: Any, weights: Any, steps: Any) -> None:
+        t = int(steps)
+        get_ema_multi_avg_fn(min(ema, (1 + t) / (10 + t)))(averages, weights, steps)
+
+    return update
