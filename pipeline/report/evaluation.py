@@ -1,8 +1,9 @@
 """The format of an evaluation, as `evaluate` writes it and all others read it. Free of torch, for those that only read."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,19 @@ from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 FILE, PREDICTIONS, CONFUSION, HISTORY = "evaluation.json", "predictions.parquet", "confusion.csv", "history.json"
 PREDICTED = pa.schema({"id": pa.string(), "label": pa.int32(), "predicted": pa.int32(), "confidence": pa.float32()})
 """A row for each validation image, in the manifest's order: numbers of classes, and the probability of the one predicted."""
+
+Role = Literal["teacher", "baseline", "control", "candidate"]
+
+
+def not_a_baseline(name: str, roles: Mapping[str, str | None]) -> str:
+    """Why the entry `name` cannot be what others are compared with; an empty text if it can. `roles`: of all entries, by name."""
+    baselines = [entry for entry, role in roles.items() if role == "baseline"]
+    if name in baselines:
+        return ""
+    return (
+        f"`compare.baseline` is {name!r}, whose role is {roles.get(name) or 'missing'}. Name an entry of `evaluate` with "
+        f"`role: baseline` (there is {', '.join(baselines) or 'none'})."
+    )
 
 
 class Model(BaseModel):
@@ -106,6 +120,7 @@ class Speed(BaseModel):
 class Evaluation(BaseModel):
     """evaluation.json. What was not measured is left out of it."""
 
+    role: Role
     model: Model
     training: TrainingFacts
     val: Measured

@@ -12,6 +12,7 @@ from pipeline.harness import stage
 from pipeline.report import comparison
 from pipeline.report.comparison import difference_of
 from pipeline.report.entries import against, read_entry, with_agreement
+from pipeline.report.evaluation import not_a_baseline
 from pipeline.report.page import MLFLOW, gallery_of, render
 from pipeline.report.table import as_csv, as_markdown, footnotes, print_table
 from pipeline.store import artifact
@@ -24,18 +25,20 @@ class Compare(Section):
     title: str = "Comparison"
     """The report's title."""
     baseline: Annotated[str, Names("evaluate")]
-    """The entry of `evaluate` that the others are compared with."""
+    """The entry of `evaluate` that the others are compared with: one whose role is `baseline`."""
 
 
 def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ...]) -> stage.Metrics:
     """Write table.csv, table.md, comparison.json and report.html from the artifacts of `evaluate`, in the order of `entries`.
 
     Other folders in `evaluations`, left by entries that params.yaml no longer has, are not looked at.
-    Raises UserError if an entry is missing or was measured on other images than the baseline.
+    Raises UserError if the baseline has another role, or an entry is missing or was measured on other images than the baseline.
     """
     if params.baseline not in entries:
         raise UserError(f"`compare.baseline` is {params.baseline!r}, but `evaluate` has the entries {', '.join(entries)}.")
     read = [read_entry(name, artifact.verify(evaluations / name)) for name in entries]
+    if wrong := not_a_baseline(params.baseline, {e.name: e.evaluation.role for e in read}):
+        raise UserError(wrong)
     compared = with_agreement(against(params.baseline, read))
     notes = footnotes(compared)
     with artifact.writing(out) as tmp:

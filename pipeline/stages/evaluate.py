@@ -14,7 +14,7 @@ from pipeline.harness.machine import Machine
 from pipeline.models import architectures, checkpoint, device, exits, inputs, network, prediction
 from pipeline.models.exits import ExitError
 from pipeline.report import corruptions
-from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Speed, TrainingFacts, write
+from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Role, Speed, TrainingFacts, write
 from pipeline.report.measure import (
     cheapest,
     compare_exits,
@@ -32,6 +32,9 @@ from pipeline.store.params import Made, Section
 class Evaluate(Section):
     """What is measured, and how."""
 
+    role: Role
+    """What the entry is to the comparison. Of the `candidate`s one is chosen; a `control` shows what a part of the method is
+    worth; a `baseline` is what the method must beat; a `teacher` is a row to read beside its students."""
     model: Made
     """The model directory to measure."""
     exit: int | Literal["ensemble", "early"] | None = None
@@ -94,6 +97,7 @@ def run(
     made_from: dict[str, Any] = {"stage": origin.get("stage"), "entry": origin.get("entry")}
     made_from |= {name: _name(origin, name) for name in ("init", "teacher")}
     evaluation = Evaluation(
+        role=params.role,
         model=Model(arch=description.arch, parameters=parameters, macs=macs, input=input_spec.size, exit=params.exit),
         training=TrainingFacts(**made_from, **description.training),
         val=measured["val"],

@@ -25,6 +25,7 @@ from pipeline.store import artifact
 
 N = 400
 ENTRIES = ("teacher", "baseline", "ssld", "finetune")
+ROLES = {"teacher": "teacher", "baseline": "baseline", "random": "control"}  # of the others: candidate
 SHARES = {"teacher": 0.85, "baseline": 0.6, "ssld": 0.7, "finetune": 0.6}
 NOTE = "The teacher saw the pool's labels."
 Write = Callable[..., Path]
@@ -89,6 +90,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         prepared = {**origin, "stage": "prepare", "entry": None, "params": {}, "inputs": {}, "key": "key of prepare"}
         lineage = {r["key"]: r for r in (origin, selected, prepared)}
         evaluation = {
+            "role": ROLES.get(name, "candidate"),
             "model": {
                 "arch": "resnet8",
                 "parameters": 78_042 * (1 + (name == "teacher")),
@@ -262,15 +264,6 @@ def test_comparison_json_has_all_that_the_evaluations_say(four: Path) -> None:
         assert {key: entries[name][key] for key in evaluation} == evaluation
 
 
-def test_comparison_json_names_the_best_that_has_the_network_of_the_baseline(four: Path) -> None:
-    def best(baseline: str) -> str | None:
-        out, _ = run(four, baseline=baseline)
-        found: str | None = json.loads((out / "comparison.json").read_text())["best"]
-        return found
-
-    assert {name: best(name) for name in ENTRIES} == {"teacher": None, "baseline": "ssld", "ssld": None, "finetune": "ssld"}
-
-
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +285,8 @@ def test_a_missing_or_damaged_evaluation_is_named(four: Path) -> None:
 def test_an_unknown_baseline_is_named(four: Path) -> None:
     with pytest.raises(UserError, match=r"`compare.baseline` is 'base', but .* teacher, baseline, ssld"):
         run(four, baseline="base")
+    with pytest.raises(UserError, match=r"`compare.baseline` is 'ssld', whose role is candidate.*\(there is baseline\)"):
+        run(four, baseline="ssld")
 
 
 def test_models_measured_on_other_images_are_not_compared(four: Path, write: Write) -> None:

@@ -24,7 +24,7 @@ CLASSES = ("ant", "bee", "cat")
 def evaluated(data: Path, model: Path, out: Path, **params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and evaluation.json."""
     metrics = evaluate.run(
-        evaluate.Evaluate.model_validate({"model": "-", **params}),
+        evaluate.Evaluate.model_validate({"role": "candidate", "model": "-", **params}),
         train=data / "train",
         val=data / "val",
         holdout=data / "holdout",
