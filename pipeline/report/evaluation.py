@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
-FILE, PREDICTIONS, CONFUSION, HISTORY = "evaluation.json", "predictions.parquet", "confusion.csv", "history.json"
+FILE, CONFUSION, HISTORY = "evaluation.json", "confusion.csv", "history.json"
+Split = Literal["val", "holdout"]
+PREDICTIONS: dict[Split, str] = {"val": "predictions.parquet", "holdout": "predictions-holdout.parquet"}
 PREDICTED = pa.schema({"id": pa.string(), "label": pa.int32(), "predicted": pa.int32(), "confidence": pa.float32()})
-"""A row for each validation image, in the manifest's order: numbers of classes, and the probability of the one predicted."""
+"""A row for each image of a split, in the manifest's order: numbers of classes, and the probability of the one predicted."""
 
 Role = Literal["teacher", "baseline", "control", "candidate"]
 
@@ -143,12 +145,15 @@ class Evaluation(BaseModel):
         }
 
 
-def write(folder: Path, evaluation: Evaluation, predictions: pa.Table, confusion: pa.Table, history: bytes) -> None:
+def write(
+    folder: Path, evaluation: Evaluation, predictions: Mapping[Split, pa.Table], confusion: pa.Table, history: bytes
+) -> None:
     """Write the files into the artifact being made at `folder`. `predictions`: of `PREDICTED`; `confusion`: class, named, images.
 
     `history`: that of the model, as its directory has it."""
     (folder / FILE).write_text(json.dumps(evaluation.model_dump(mode="json"), indent=1) + "\n")
-    pq.write_table(predictions, folder / PREDICTIONS)
+    for split, table in predictions.items():
+        pq.write_table(table, folder / PREDICTIONS[split])
     csv.write_csv(confusion, folder / CONFUSION)
     (folder / HISTORY).write_bytes(history)
 
@@ -157,9 +162,9 @@ def read(folder: Path) -> Evaluation:
     return Evaluation.model_validate_json((folder / FILE).read_text())
 
 
-def read_predictions(folder: Path) -> pa.Table:
+def read_predictions(folder: Path, split: Split = "val") -> pa.Table:
     """A table of `PREDICTED`."""
-    return pq.read_table(folder / PREDICTIONS)
+    return pq.read_table(folder / PREDICTIONS[split])
 
 
 def read_history(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline.harness.machine import Machine
 from pipeline.models import architectures, checkpoint, device, exits, inputs, network, prediction
 from pipeline.models.exits import ExitError
 from pipeline.report import corruptions
-from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Role, Speed, TrainingFacts, write
+from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Role, Speed, Split, TrainingFacts, write
 from pipeline.report.measure import (
     cheapest,
     compare_exits,
@@ -61,7 +61,7 @@ def run(
     journal: stage.Journal,
     machine: Machine,
 ) -> stage.Metrics:
-    """Write `evaluation.json`, `confusion.csv` and the predictions on `val`, and the model's learning history.
+    """Write `evaluation.json`, `confusion.csv`, the predictions on `val` and on `holdout`, and the model's learning history.
 
     Accuracies lie in 0..1, with Wilson's 95 % interval; `nll` is in nats; `ece` is the expected calibration error over 15 bins
     of equal width. Raises CheckpointError if the model's classes are not the training set's, ExitError if it has no such exit.
@@ -127,7 +127,11 @@ def run(
     with artifact.writing(out) as tmp:
         named = confusion(logits["val"].argmax(1), labels["val"], classes)
         history = (model / checkpoint.HISTORY).read_bytes()
-        write(tmp, evaluation, _predictions(tables["val"], logits["val"]), named, history)
+        predictions: dict[Split, pa.Table] = {
+            "val": _predictions(tables["val"], logits["val"]),
+            "holdout": _predictions(tables["holdout"], logits["holdout"]),
+        }
+        write(tmp, evaluation, predictions, named, history)
     return metrics
 
 

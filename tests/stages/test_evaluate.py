@@ -46,6 +46,9 @@ def test_evaluate_reports_what_the_predictions_say(data: Path, tmp_path: Path) -
         n: pytest.approx(right[predictions["label"] == i].mean()) for i, n in enumerate(CLASSES)
     }
     assert (evaluation["val"]["n"], evaluation["holdout"]["n"], evaluation["training"]["labelled"]) == (9, 6, 24)
+    held = pq.read_table(tmp_path / "out" / "predictions-holdout.parquet").to_pandas()
+    assert evaluation["holdout"]["top1"] == pytest.approx((held["label"] == held["predicted"]).mean())
+    assert held["id"].tolist() == manifest.read(data / "holdout").table["id"].to_pylist()
     with (tmp_path / "out" / "confusion.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
