@@ -19,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from pipeline.report import evaluation
+from pipeline.report import evaluation, pairs
 from pipeline.report.evaluation import Evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ def main() -> None:
     start = time.monotonic()
     folders = repeat(args.recipe, args.seeds, args.jobs, args.commit)
     how = f"Seeds {', '.join(map(str, args.seeds))}; {machine()}; {time.monotonic() - start:,.0f} s in all."
-    text = f"{how}\n\n{table(folders)}{exits(folders)}"
+    text = f"{how}\n\n{table(folders)}{exits(folders)}{differences(folders)}"
     print(text)
     if args.out:
         command = f"python -m benchmarks.seeds {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
@@ -130,6 +131,38 @@ def exits(folders: list[Path]) -> str:
                 f"| {macs:.2f} | {row.parameters:,} | {f'{speed:,.0f}' if speed else ''} |"
             )
     return "\n" + "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def differences(folders: list[Path]) -> str:
+    """Markdown: each entry against the baseline, and each candidate against each control, paired over images and seeds."""
+    found = evaluations(folders[0])
+    params = yaml.safe_load((folders[0] / "params.yaml").read_text())
+    baseline = params["compare"]["baseline"]
+    roles = {name: e.role for name, e in found.items()}
+    wanted = [(entry, baseline) for entry in found if entry != baseline]
+    wanted += [(a, b) for a in found for b in found if (roles[a], roles[b]) == ("candidate", "control")]
+    right = [{entry: right_of(folder, entry) for entry in found} for folder in folders]
+    lines = [
+        "| entry | against | difference, points | 95 % interval | each seed | gained | lost |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for entry, other in wanted:
+        of_seeds = [pairs.compare(of_seed[entry], of_seed[other]) for of_seed in right]
+        values = [100 * pair.difference.value for pair in of_seeds]
+        low, high = pairs.bootstrap(of_seeds, np.random.default_rng(0))
+        gained, lost = (" / ".join(str(count) for count in counts) for counts in zip(*(p[:2] for p in of_seeds), strict=True))
+        lines.append(
+            f"| {entry} | {other} | {statistics.mean(values):+.1f} | {100 * low:+.1f} to {100 * high:+.1f} "
+            f"| {' / '.join(f'{v:+.1f}' for v in values)} | {gained} | {lost} |"
+        )
+    how = f"Bootstrap over {len(folders)} seeds and their validation images; not corrected for the number of rows."
+    return f"\n{how}\n\n" + "\n".join(lines) + "\n"
+
+
+def right_of(folder: Path, entry: str) -> np.ndarray:
+    """(N,) bool: the validation images that the entry names right."""
+    predictions = evaluation.read_predictions(folder / "data" / "evaluate" / entry)
+    return np.asarray(predictions["label"].to_numpy() == predictions["predicted"].to_numpy())
 
 
 def evaluations(folder: Path) -> dict[str, Evaluation]:

@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.harness.machine import Machine
 from pipeline.harness.reference import Row, rows, summary, told
 from pipeline.harness.stage import PARAMS_FILE, WRONG_INPUT, is_out
+from pipeline.report.evaluation import not_a_baseline
 from pipeline.store import params
 from pipeline.store.params import NEEDED, SHELVES, SINGLE, STAGES, Names, ParamsError, Section
 
@@ -90,8 +91,20 @@ def check(file: Path) -> None:
         there = not _made(tree, root.removeprefix("data/")) if root.startswith("data/") else Path(root).exists()
         if not there and not root.startswith("~"):
             wrong.append(f"`prepare.root` is {root!r}, which is not there. Correct it, or put the images there.")
+    wrong += _baseline(tree)
     if wrong:
         raise ParamsError(f"{file}: " + "\n".join(dict.fromkeys(wrong)))
+
+
+def _baseline(tree: Mapping[str, Any]) -> list[str]:
+    """A complaint about `compare.baseline` if it names an entry of another role."""
+    compare, entries = tree.get("compare"), tree.get("evaluate")
+    name = compare.get("baseline") if isinstance(compare, dict) else None
+    if not isinstance(name, str) or not isinstance(entries, dict) or name not in entries:
+        return []
+    roles = {key: entry.get("role") for key, entry in entries.items() if isinstance(entry, dict)}
+    wrong = not_a_baseline(name, roles)
+    return [wrong] if wrong else []
 
 
 def _aliases(file: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ def measured(top1: float, **figures: Any) -> Measured:
 def evaluated(val: float = 0.5, holdout: float = 0.5, exit: int | None = None) -> Evaluation:
     classes = {"ant": 0.25, "bee": 0.5, "cat": 0.75}
     return Evaluation(
+        role="candidate",
         model=Model(arch="resnet8", parameters=78_042, macs=12_281_088, input=32, exit=exit),
         training=TrainingFacts(
             stage="distil", entry="ssld", init="scratch", teacher="teach/big",

@@ -173,9 +173,18 @@ def test_all_mistakes_are_told_at_once(house: Path) -> None:
         "top of the file, and here `view: <name>`.",
         "`distil.plain.training` is 'eqaul': there is no `trainings.eqaul` (did you mean `equal`?). Add or correct it.",
         "`distil.a b`: a name has letters, digits, `_` and `-` only. Rename it.",
+        "`evaluate.far.role` is required but missing.",
         "`evaluate.far.model` is 'distil/fra': there is no `fra` in `distil` (did you mean `far`?). Correct it.",
         "`pack` is None: it must be a mapping of names. Write `pack: {}`, or leave it out.",
         "`prepare.root` is 'data/draw/scene', which is not there. Correct it, or put the images there.",
+    ]
+
+
+def test_the_baseline_of_a_comparison_is_an_entry_of_that_role(house: Path) -> None:
+    told = complaints(house, compare={"baseline": "kd"})
+    assert told == [
+        "`compare.baseline` is 'kd', whose role is control. Name an entry of `evaluate` with `role: baseline` "
+        "(there is baseline)."
     ]
 
 

@@ -9,8 +9,11 @@ import numpy as np
 from pydantic import BaseModel
 
 from pipeline.errors import UserError
-from pipeline.report.entries import Entry, best_of
+from pipeline.report import pairs
+from pipeline.report.choice import Choice, choose
+from pipeline.report.entries import Entry
 from pipeline.report.evaluation import Evaluation
+from pipeline.report.pairs import OfClass, Versus
 from pipeline.report.statistics import Difference
 
 FILE = "comparison.json"
@@ -30,11 +33,19 @@ class Compared(Evaluation):
 
 
 class Comparison(BaseModel):
-    """comparison.json. `best`: the entry that did best on held-out images, of those with the baseline's network."""
+    """comparison.json. `best`: the candidate that was chosen, see `choice`; null without candidates.
+
+    `margin`: differences that surely lie within it are none. `pairs`: all of them, on the validation images. `classes`: `best`
+    against the baseline, class by class.
+    """
 
     title: str
     baseline: str
     best: str | None
+    choice: Choice | None
+    margin: float
+    pairs: list[Versus]
+    classes: list[OfClass]
     entries: dict[str, Compared]
 
 
@@ -43,11 +54,32 @@ def difference_of(entry: Entry) -> dict[str, float | None]:
     return {"delta": d and d.value, "delta_low": d and d.low, "delta_high": d and d.high}
 
 
-def of_entries(title: str, baseline: str, entries: Sequence[Entry]) -> Comparison:
-    best = best_of(entries, baseline)
+def of_entries(title: str, baseline: str, entries: Sequence[Entry], margin: float) -> Comparison:
+    """The comparison of `entries`, which were measured on the same images; one of them is the `baseline`."""
+    chosen = choose(entries, margin)
+    names = [e.name for e in entries]
+    found = pairs.every_pair(np.stack([e.right for e in entries]))
+    named = {(names[i], names[j]): pair for (i, j), pair in found.items()}
+    by_name = {e.name: e for e in entries}
+    classes = _classes(by_name[chosen.best], by_name[baseline], margin) if chosen else []
     beside = {e.name: {**difference_of(e), "agreement": e.agreement, "history": dict(e.history)} for e in entries}
     compared = {e.name: Compared.model_validate({**dict(e.evaluation), **beside[e.name]}) for e in entries}
-    return Comparison(title=title, baseline=baseline, best=best.name if best else None, entries=compared)
+    return Comparison(
+        title=title,
+        baseline=baseline,
+        best=chosen.best if chosen else None,
+        choice=chosen,
+        margin=margin,
+        pairs=pairs.versus(named, margin),
+        classes=classes,
+        entries=compared,
+    )
+
+
+def _classes(best: Entry, base: Entry, margin: float) -> list[OfClass]:
+    names = dict(zip(np.unique(base.labels).tolist(), base.evaluation.val.per_class, strict=True))
+    rows = pairs.by_class(base.labels, names, best.right, base.right)
+    return [OfClass(name=row.name, **pairs.statistics(row.pair, row.p, margin)) for row in rows]
 
 
 def entries_of(comparison: Comparison) -> list[Entry]:
@@ -58,7 +90,7 @@ def entries_of(comparison: Comparison) -> list[Entry]:
         measured = None
         if e.delta is not None and e.delta_low is not None and e.delta_high is not None:
             measured = Difference(e.delta, e.delta_low, e.delta_high)
-        entries.append(Entry(name, e, nothing, nothing, nothing, e.history, {}, measured, e.agreement))
+        entries.append(Entry(name, e, nothing, nothing, nothing, nothing, nothing, e.history, {}, measured, e.agreement))
     return entries
 
 

@@ -1,6 +1,6 @@
 """The evaluated models side by side, as read from the artifacts of `evaluate`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from pipeline.store import artifact
 
 @dataclass(frozen=True)
 class Entry:
-    """One evaluated model. `labels` and `predicted`: (N,) classes of the validation images, in the order of `ids`."""
+    """One evaluated model. `labels` and `predicted`: (N,) classes of the validation images, in the order of `ids`; `held_ids` and
+    `held_right`: (H,) ids of the held-out images, and whether it names them right."""
 
     name: str
     evaluation: Evaluation
     ids: np.ndarray
     labels: np.ndarray
     predicted: np.ndarray
+    held_ids: np.ndarray
+    held_right: np.ndarray
     history: Mapping[str, Any]
     lineage: Mapping[str, Mapping[str, Any]] = field(repr=False)
     difference: Difference | None = None
@@ -42,13 +45,15 @@ class Entry:
 
 
 def read_entry(name: str, folder: Path) -> Entry:
-    predictions = evaluation.read_predictions(folder)
+    predictions, held = evaluation.read_predictions(folder), evaluation.read_predictions(folder, "holdout")
     return Entry(
         name,
         evaluation.read(folder),
         predictions["id"].to_numpy(),
         predictions["label"].to_numpy(),
         predictions["predicted"].to_numpy(),
+        held["id"].to_numpy(),
+        held["label"].to_numpy() == held["predicted"].to_numpy(),
         evaluation.read_history(folder),
         artifact.record(folder).get("lineage", {}),
     )
@@ -57,10 +62,10 @@ def read_entry(name: str, folder: Path) -> Entry:
 def against(baseline: str, entries: list[Entry]) -> list[Entry]:
     base = next(e for e in entries if e.name == baseline)
     for e in entries:
-        if not np.array_equal(e.ids, base.ids):
+        if not np.array_equal(e.ids, base.ids) or not np.array_equal(e.held_ids, base.held_ids):
             raise UserError(
                 f"`evaluate.{e.name}` and `evaluate.{baseline}` were measured on different images. Run `dvc repro`, "
-                "which measures both on data/prepare/val."
+                "which measures both on data/prepare/val and data/prepare/holdout."
             )
     return [e if e is base else replace(e, difference=paired_difference(e.right, base.right)) for e in entries]
 
@@ -73,11 +78,3 @@ def with_agreement(entries: list[Entry]) -> list[Entry]:
         teacher = teachers.get(e.evaluation.training.teacher or "")
         with_teachers.append(replace(e, agreement=float((e.predicted == teacher.predicted).mean())) if teacher else e)
     return with_teachers
-
-
-def best_of(entries: Sequence[Entry], baseline: str) -> Entry | None:
-    """The best on held-out images, of the entries with the baseline's network, unless that is the baseline."""
-    base = next(e for e in entries if e.name == baseline)
-    peers = [e for e in entries if e.evaluation.model == base.evaluation.model]
-    best = max(peers, key=lambda e: e.evaluation.holdout.top1)
-    return best if best.difference else None

@@ -1,17 +1,33 @@
 """The format of an evaluation, as `evaluate` writes it and all others read it. Free of torch, for those that only read."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
-FILE, PREDICTIONS, CONFUSION, HISTORY = "evaluation.json", "predictions.parquet", "confusion.csv", "history.json"
+FILE, CONFUSION, HISTORY = "evaluation.json", "confusion.csv", "history.json"
+Split = Literal["val", "holdout"]
+PREDICTIONS: dict[Split, str] = {"val": "predictions.parquet", "holdout": "predictions-holdout.parquet"}
 PREDICTED = pa.schema({"id": pa.string(), "label": pa.int32(), "predicted": pa.int32(), "confidence": pa.float32()})
-"""A row for each validation image, in the manifest's order: numbers of classes, and the probability of the one predicted."""
+"""A row for each image of a split, in the manifest's order: numbers of classes, and the probability of the one predicted."""
+
+Role = Literal["teacher", "baseline", "control", "candidate"]
+
+
+def not_a_baseline(name: str, roles: Mapping[str, str | None]) -> str:
+    """Why the entry `name` cannot be what others are compared with; an empty text if it can. `roles`: of all entries, by name."""
+    baselines = [entry for entry, role in roles.items() if role == "baseline"]
+    if name in baselines:
+        return ""
+    return (
+        f"`compare.baseline` is {name!r}, whose role is {roles.get(name) or 'missing'}. Name an entry of `evaluate` with "
+        f"`role: baseline` (there is {', '.join(baselines) or 'none'})."
+    )
 
 
 class Model(BaseModel):
@@ -116,6 +132,7 @@ class Speed(BaseModel):
 class Evaluation(BaseModel):
     """evaluation.json. What was not measured is left out of it. `dtype`: in which the network's products were computed."""
 
+    role: Role
     model: Model
     training: TrainingFacts
     val: Measured
@@ -141,12 +158,15 @@ class Evaluation(BaseModel):
         } | {f"calibrated_{name}": value for name, value in calibrated.items()}
 
 
-def write(folder: Path, evaluation: Evaluation, predictions: pa.Table, confusion: pa.Table, history: bytes) -> None:
+def write(
+    folder: Path, evaluation: Evaluation, predictions: Mapping[Split, pa.Table], confusion: pa.Table, history: bytes
+) -> None:
     """Write the files into the artifact being made at `folder`. `predictions`: of `PREDICTED`; `confusion`: class, named, images.
 
     `history`: that of the model, as its directory has it."""
     (folder / FILE).write_text(json.dumps(evaluation.model_dump(mode="json"), indent=1) + "\n")
-    pq.write_table(predictions, folder / PREDICTIONS)
+    for split, table in predictions.items():
+        pq.write_table(table, folder / PREDICTIONS[split])
     csv.write_csv(confusion, folder / CONFUSION)
     (folder / HISTORY).write_bytes(history)
 
@@ -155,9 +175,9 @@ def read(folder: Path) -> Evaluation:
     return Evaluation.model_validate_json((folder / FILE).read_text())
 
 
-def read_predictions(folder: Path) -> pa.Table:
+def read_predictions(folder: Path, split: Split = "val") -> pa.Table:
     """A table of `PREDICTED`."""
-    return pq.read_table(folder / PREDICTIONS)
+    return pq.read_table(folder / PREDICTIONS[split])
 
 
 def read_history(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from pipeline.report.entries import Entry, best_of
+from pipeline.report import sentences
+from pipeline.report.choice import RULE
+from pipeline.report.comparison import Comparison
+from pipeline.report.entries import Entry
+from pipeline.report.pairs import Versus
 from pipeline.report.plots import checks_of, draw_accuracies, draw_curves, draw_exits, draw_reliability, svg_of
 from pipeline.report.table import COLUMNS, caution, mark_of, percent, points, scaled
 
@@ -38,17 +42,18 @@ WORK = {
 """The stages in the order of their work, as the report tells it."""
 
 
-def render(title: str, baseline: str, entries: Sequence[Entry], notes: Sequence[str], data: Path, out: Path) -> str:
+def render(comparison: Comparison, entries: Sequence[Entry], notes: Sequence[str], data: Path, out: Path) -> str:
     """One page without outside references, except a link to the gallery that `dedup` drew, if it did."""
     gallery = gallery_of(data)
     steps = _steps(entries, data)
-    best = best_of(entries, baseline)
-    shown = best or next(e for e in entries if e.name == baseline)
+    baseline, by_name = comparison.baseline, {e.name: e for e in entries}
+    best = by_name[comparison.best] if comparison.best else None
+    shown = best or by_name[baseline]
     told = [e for e in entries if e.evaluation.val.reliability and e.name in (shown.name, baseline)]
     with_exits = [e for e in entries if e.evaluation.exits]
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return template.from_string(TEMPLATE.read_text()).render(
-        title=title,
+        title=comparison.title,
         baseline=baseline,
         entries=entries,
         columns=COLUMNS,
@@ -57,6 +62,14 @@ def render(title: str, baseline: str, entries: Sequence[Entry], notes: Sequence[
         caution=caution(entries),
         best=best,
         shown=shown,
+        choice=sentences.choice(comparison),
+        rule=RULE,
+        verdicts=sentences.verdicts(comparison),
+        pairs=_pairs(comparison),
+        differing=comparison.classes[:HEAT_CLASSES],
+        interval=sentences.interval,
+        p_value=sentences.p_value,
+        margin=comparison.margin,
         reliability=svg_of(draw_reliability, told) if told else None,
         confusion=_confusion(shown),
         with_exits=with_exits,
@@ -88,6 +101,15 @@ def leaks_of(data: Path) -> list[str]:
     """What `dedup` has to say about copies of images that measure among those that models learn from; empty if nothing."""
     file = data / "dedup" / "metrics.json"
     return (json.loads(file.read_text()).get("warnings") if file.is_file() else None) or []
+
+
+def _pairs(comparison: Comparison) -> dict[tuple[str, str], Versus]:
+    """Each pair of entries, both ways."""
+    return {
+        names: v
+        for one in comparison.pairs
+        for names, v in (((one.entry, one.other), one), ((one.other, one.entry), one.turned()))
+    }
 
 
 class Step(NamedTuple):

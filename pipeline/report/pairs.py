@@ -5,11 +5,12 @@ All that counts are the images on which one is right and the other wrong: `gaine
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel
 
-from pipeline.report.statistics import Difference, bonett_price, paired_difference
+from pipeline.report.statistics import Z95, Difference, bonett_price
 
 ALPHA = 0.05
 MARGIN = 0.01
@@ -45,8 +46,20 @@ class Pair(NamedTuple):
 
 def compare(right: np.ndarray, other: np.ndarray) -> Pair:
     """(N,) bool each, of the same images in the same order: whether each model is right."""
-    gained, lost = int((right & ~other).sum()), int((~right & other).sum())
-    return Pair(gained, lost, len(right), paired_difference(right, other), mcnemar(gained, lost))
+    return of_counts(int((right & ~other).sum()), int((~right & other).sum()), len(right))
+
+
+def of_counts(gained: int, lost: int, n: int) -> Pair:
+    difference = Difference((gained - lost) / n, *bonett_price(gained, lost, n, Z95))
+    return Pair(gained, lost, n, difference, mcnemar(gained, lost))
+
+
+def every_pair(right: np.ndarray) -> dict[tuple[int, int], Pair]:
+    """(E, N) bool: each of the E models against each one after it, by their numbers."""
+    hits = right.astype(np.float64)
+    gained = np.rint(hits @ (1 - hits).T).astype(int)  # E, E: images that a model of the row names right, of the column wrong
+    models = range(len(right))
+    return {(i, j): of_counts(int(gained[i, j]), int(gained[j, i]), right.shape[1]) for i in models for j in models[i + 1 :]}
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -57,8 +70,10 @@ def mcnemar(gained: int, lost: int) -> float:
     """
     n, k = gained + lost, min(gained, lost)
     log_half = n * math.log(0.5)
-    terms = [math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + log_half) for i in range(k + 1)]
-    return min(1.0, 2 * math.fsum(terms) - terms[-1])
+    last = math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + log_half)  # of k heads in n throws
+    i = np.arange(k, 0, -1)
+    before = np.cumprod(i / (n - i + 1))  # of k - 1 heads, k - 2, ..., 0, as shares of the last
+    return min(1.0, last * (1 + 2 * float(before.sum())))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -84,6 +99,57 @@ def bootstrap(seeds: Sequence[Pair], random: np.random.Generator) -> tuple[float
     rounds = np.take_along_axis(means, drawn[None], 0)[0].mean(1)
     low, high = np.quantile(rounds, [ALPHA / 2, 1 - ALPHA / 2])
     return float(low), float(high)
+
+
+class Statistics(BaseModel):
+    """A pair as comparison.json has it. `difference`: of the accuracies, -1..1, with its 95 % interval; `p`: of McNemar's test;
+    `corrected`: for the number of pairs it was looked at among; `outcome`: what the corrected test says."""
+
+    n: int
+    gained: int
+    lost: int
+    difference: float
+    low: float
+    high: float
+    p: float
+    corrected: float
+    outcome: Outcome
+
+
+class Versus(Statistics):
+    """`entry` against `other`."""
+
+    entry: str
+    other: str
+
+    def turned(self) -> "Versus":
+        """`other` against `entry`."""
+        word: dict[Outcome, Outcome] = {"better": "worse", "worse": "better"}
+        turned = {"entry": self.other, "other": self.entry, "gained": self.lost, "lost": self.gained}
+        ends = {"difference": -self.difference, "low": -self.high, "high": -self.low}
+        return self.model_copy(update={**turned, **ends, "outcome": word.get(self.outcome, self.outcome)})
+
+
+class OfClass(Statistics):
+    """On the images of the class `name`."""
+
+    name: str
+
+
+def versus(found: Mapping[tuple[str, str], Pair], margin: float) -> list[Versus]:
+    """Each pair by its names, corrected for their number."""
+    corrected = holm([pair.p for pair in found.values()])
+    return [
+        Versus(entry=entry, other=other, **statistics(pair, p, margin))
+        for ((entry, other), pair), p in zip(found.items(), corrected, strict=True)
+    ]
+
+
+def statistics(pair: Pair, corrected: float, margin: float) -> dict[str, Any]:
+    """The fields of `Statistics`."""
+    value, low, high = pair.difference
+    counts = {"n": pair.n, "gained": pair.gained, "lost": pair.lost, "difference": value, "low": low, "high": high}
+    return {**counts, "p": pair.p, "corrected": corrected, "outcome": pair.outcome(corrected, margin)}
 
 
 class ClassDifference(NamedTuple):

@@ -2,15 +2,16 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import rich.box
 import rich.console
 import rich.table
 
-from pipeline.report.comparison import difference_of
+from pipeline.report.comparison import Comparison, difference_of
 from pipeline.report.entries import Entry
+from pipeline.report.pairs import Versus
 
 
 class Column(NamedTuple):
@@ -104,6 +105,7 @@ COLUMNS = (
         lambda e: scaled(e.evaluation.model.macs, 1e6),
     ),
     Column("parameters", "Weights of the network.", lambda e: f"{e.evaluation.model.parameters:,}"),
+    Column("role", "What the entry is to the comparison; of the candidates one is chosen.", lambda e: e.evaluation.role),
 )
 
 
@@ -141,27 +143,42 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def as_csv(entries: Sequence[Entry]) -> str:
+def as_csv(entries: Sequence[Entry], comparison: Comparison) -> str:
+    """A row for each entry; `gained`, `lost`, `p`, `corrected` and `outcome` are against the baseline."""
+    against = {v.other: v.turned() for v in comparison.pairs if v.entry == comparison.baseline}
+    against |= {v.entry: v for v in comparison.pairs if v.other == comparison.baseline}
+    tested = ("gained", "lost", "p", "corrected", "outcome")
     rows = [
         {
             "entry": e.name,
+            "role": e.evaluation.role,
             **e.evaluation.figures(),
             **difference_of(e),
+            **{name: getattr(against.get(e.name), name, None) for name in tested},
             "agreement": e.agreement,
             **{("training_macs" if k == "macs" else k): v for k, v in e.evaluation.training.model_dump().items()},
             **e.evaluation.model.model_dump(),
         }
         for e in entries
     ]
+    return _csv(rows, list(rows[0]))
+
+
+def pairs_as_csv(comparison: Comparison) -> str:
+    names = [name for name in Versus.model_fields if name not in ("entry", "other")]
+    return _csv([v.model_dump() for v in comparison.pairs], ["entry", "other", *names])
+
+
+def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def print_table(title: str, entries: Sequence[Entry]) -> None:
-    """The table on stderr, for the one who waited for it; where the terminal is too narrow, lines wrap but nothing is cut."""
+def print_table(title: str, entries: Sequence[Entry], told: Sequence[str]) -> None:
+    """The table and what is `told` of it on stderr; where the terminal is too narrow, lines wrap but nothing is cut."""
     notes = footnotes(entries)
     columns = [c for c in COLUMNS if c.on_terminal]
     table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -176,7 +193,8 @@ def print_table(title: str, entries: Sequence[Entry]) -> None:
     console.print(table)
     for i, note in enumerate(notes, 1):
         console.print(f"[{i}] {note}")
-    console.print(caution(entries))
+    for line in (caution(entries), *told):
+        console.print(line)
 
 
 def caution(entries: Sequence[Entry]) -> str:

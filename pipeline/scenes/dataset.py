@@ -29,6 +29,9 @@ from pipeline.store.params import Section
 LABELLED, VAL, POOL, LEAK, BROKEN, ORDER = range(6)
 """Streams of randomness: an image's pixels follow from (seed, stream, number) alone, whoever draws it and when."""
 
+BLOCK = 50
+"""Labelled images of a class that are numbered in a row: more of each class leave the first ones as they are."""
+
 SIZE = 96
 """Side of a scene in pixels."""
 
@@ -115,8 +118,10 @@ class File(NamedTuple):
 
 def pictures_of(stream: int, per_class: int) -> list[tuple[str, Scene]]:
     """Members of a labelled tar: (class/number, what it shows)."""
-    names = itertools.product(CLASSES, range(per_class))
-    return [(f"{name}/{i:04d}.jpg", Scene(name, stream, number)) for number, (name, i) in enumerate(names)]
+    block = BLOCK if stream == LABELLED else per_class
+    places = itertools.product(enumerate(CLASSES), range(per_class))
+    numbered = [(name, i, (i // block * len(CLASSES) + c) * block + i % block) for (c, name), i in places]
+    return [(f"{name}/{i:04d}.jpg", Scene(name, stream, number)) for name, i, number in numbered]
 
 
 def pool_contents(params: Draw) -> list[Scene | Leak | Broken]:

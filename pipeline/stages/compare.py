@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import Field
+
 from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.report import comparison
 from pipeline.report.comparison import difference_of
 from pipeline.report.entries import against, read_entry, with_agreement
+from pipeline.report.evaluation import not_a_baseline
 from pipeline.report.page import MLFLOW, gallery_of, leaks_of, render
-from pipeline.report.table import as_csv, as_markdown, footnotes, print_table
+from pipeline.report.sentences import told
+from pipeline.report.table import as_csv, as_markdown, footnotes, pairs_as_csv, print_table
 from pipeline.store import artifact
 from pipeline.store.params import Names, Section
 
@@ -23,27 +27,34 @@ class Compare(Section):
 
     title: str = "Comparison"
     """The report's title."""
+    margin: float = Field(0.01, ge=0, lt=1)
+    """Two entries whose accuracies differ by less, for certain, are equivalent; 0.01 is one point."""
     baseline: Annotated[str, Names("evaluate")]
-    """The entry of `evaluate` that the others are compared with."""
+    """The entry of `evaluate` that the others are compared with: one whose role is `baseline`."""
 
 
 def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ...]) -> stage.Metrics:
-    """Write table.csv, table.md, comparison.json and report.html from the artifacts of `evaluate`, in the order of `entries`.
+    """Write table.csv, pairs.csv, table.md, comparison.json and report.html from the artifacts of `evaluate`.
 
-    Other folders in `evaluations`, left by entries that params.yaml no longer has, are not looked at.
-    Raises UserError if an entry is missing or was measured on other images than the baseline.
+    Their order is that of `entries`. Other folders in `evaluations`, left by entries that params.yaml no longer
+    has, are not looked at.
+    Raises UserError if the baseline has another role, or an entry is missing or was measured on other images than the baseline.
     """
     if params.baseline not in entries:
         raise UserError(f"`compare.baseline` is {params.baseline!r}, but `evaluate` has the entries {', '.join(entries)}.")
     read = [read_entry(name, artifact.verify(evaluations / name)) for name in entries]
+    if wrong := not_a_baseline(params.baseline, {e.name: e.evaluation.role for e in read}):
+        raise UserError(wrong)
     compared = with_agreement(against(params.baseline, read))
     notes = footnotes(compared)
+    whole = comparison.of_entries(params.title, params.baseline, compared, params.margin)
     with artifact.writing(out) as tmp:
-        (tmp / "table.csv").write_text(as_csv(compared))
+        (tmp / "table.csv").write_text(as_csv(compared, whole))
+        (tmp / "pairs.csv").write_text(pairs_as_csv(whole))
         (tmp / "table.md").write_text(as_markdown(compared, notes))
-        comparison.write(tmp, comparison.of_entries(params.title, params.baseline, compared))
-        (tmp / "report.html").write_text(render(params.title, params.baseline, compared, notes, evaluations.parent, out))
-    print_table(params.title, compared)
+        comparison.write(tmp, whole)
+        (tmp / "report.html").write_text(render(whole, compared, notes, evaluations.parent, out))
+    print_table(params.title, compared, told(whole))
     _say_leaks(evaluations.parent)
     return {
         e.name: {"top1": e.evaluation.val.top1, "holdout_top1": e.evaluation.holdout.top1, **difference_of(e)} for e in compared
@@ -53,7 +64,7 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
 def show(out: Path) -> None:
     """Print the table of the artifact `out`, and where to look next. Raises UserError if there is none."""
     saved = comparison.read(out)
-    print_table(saved.title, comparison.entries_of(saved))
+    print_table(saved.title, comparison.entries_of(saved), told(saved))
     _say_leaks(out.parents[1])
     gallery = gallery_of(out.parents[1])
     sys.stderr.write(f"\nreport   {out / 'report.html'}\n")

@@ -14,7 +14,7 @@ from pipeline.harness.machine import Machine
 from pipeline.models import architectures, checkpoint, device, exits, inputs, network, prediction
 from pipeline.models.exits import ExitError
 from pipeline.report import corruptions
-from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Speed, TrainingFacts, write
+from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Role, Speed, Split, TrainingFacts, write
 from pipeline.report.measure import (
     calibrate,
     cheapest,
@@ -33,6 +33,9 @@ from pipeline.store.params import Made, Section
 class Evaluate(Section):
     """What is measured, and how."""
 
+    role: Role
+    """What the entry is to the comparison. Of the `candidate`s one is chosen; a `control` shows what a part of the method is
+    worth; a `baseline` is what the method must beat; a `teacher` is a row to read beside its students."""
     model: Made
     """The model directory to measure."""
     exit: int | Literal["ensemble", "early"] | None = None
@@ -59,7 +62,7 @@ def run(
     journal: stage.Journal,
     machine: Machine,
 ) -> stage.Metrics:
-    """Write `evaluation.json`, `confusion.csv` and the predictions on `val`, and the model's learning history.
+    """Write `evaluation.json`, `confusion.csv`, the predictions on `val` and on `holdout`, and the model's learning history.
 
     Accuracies lie in 0..1, with Wilson's 95 % interval; `nll` is in nats; `ece` is the expected calibration error over 15 bins
     of equal width. The network runs in float32 whatever `machine.precision`, but where it is timed. Raises CheckpointError if the
@@ -96,6 +99,7 @@ def run(
     made_from |= {name: _name(origin, name) for name in ("init", "teacher")}
     made_from["macs_all"] = sum(run.get("macs", 0) for run in (origin, *origin["lineage"].values())) if origin else None
     evaluation = Evaluation(
+        role=params.role,
         model=Model(arch=description.arch, parameters=parameters, macs=macs, input=input_spec.size, exit=params.exit),
         training=TrainingFacts(**made_from, **description.training),
         val=measured["val"],
@@ -128,7 +132,11 @@ def run(
     with artifact.writing(out) as tmp:
         named = confusion(logits["val"].argmax(1), labels["val"], classes)
         history = (model / checkpoint.HISTORY).read_bytes()
-        write(tmp, evaluation, _predictions(tables["val"], logits["val"]), named, history)
+        predictions: dict[Split, pa.Table] = {
+            "val": _predictions(tables["val"], logits["val"]),
+            "holdout": _predictions(tables["holdout"], logits["holdout"]),
+        }
+        write(tmp, evaluation, predictions, named, history)
     return metrics
 
 

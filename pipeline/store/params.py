@@ -22,8 +22,8 @@ NEEDED = {
     "prepare": "prepare: {root: ..., labelled: [...], val: [...]}",
     "search": "search: {}",
     "dedup": "dedup: {}",
-    "evaluate": "evaluate: {<entry>: {model: ...}}",
-    "compare": "compare: {baseline: <entry of evaluate>}",
+    "evaluate": "evaluate: {<entry>: {role: ..., model: ...}}",
+    "compare": "compare: {baseline: <entry of evaluate whose role is baseline>}",
 }
 """What DVC wants to find in params.yaml, and how to write it. Every other section that is missing is empty."""
 

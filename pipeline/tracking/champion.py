@@ -7,9 +7,9 @@ had other targets or because DVC had nothing to do, a run is made here, with suc
 given by WINNOW_TAGS, the git commit and the hash of dvc.lock tie it to its flow run, its code and its data.
 
 The student that the comparison calls best becomes a version of the registered model `winnow`, with its weights as safetensors,
-its signature and its metrics. (Best: on held-out images, of the models with the baseline's network.) It takes the alias
-`champion`, unless the version that has it did better on the same held-out images. Prints, as JSON, the links to the run and to
-the version.
+its signature and its metrics. (Best: see pipeline.report.choice.) It takes the alias `champion`, unless the version that has it
+was measured on the same held-out images and this one is not surely better there; its tag `winnow.against` says so. Prints, as
+JSON, the links to the run and to the version.
 """
 
 import argparse
@@ -87,8 +87,7 @@ class Best(NamedTuple):
 def best(data: Path = DATA) -> Best | None:
     """The entry that the comparison calls best.
 
-    None without a comparison, where no student beat the baseline it is compared with, and where the model or its evaluation was
-    made anew since.
+    None without a comparison, where it has no candidate, and where the model or its evaluation was made anew since.
     """
     folder = data / COMPARISON / "results"
     if not folder.is_dir():
@@ -129,18 +128,25 @@ def register(experiment: Experiment, folder: Path, evaluation: Evaluation, tags:
         metrics = {name: float(value) for name, value in evaluation.figures().items()}
         facts = {"winnow.key": key, "winnow.stage": record["stage"], "winnow.entry": record["entry"] or "", **tags}
         version = _new_version(experiment, folder, run.info.run_id if run else None, metrics, facts)
-    if not _is_beaten(client.get_model_version(MODEL, version), client.get_registered_model(MODEL).aliases.get(CHAMPION), client):
+    champion = client.get_registered_model(MODEL).aliases.get(CHAMPION)
+    if not _is_beaten(client.get_model_version(MODEL, version), champion, client):
         client.set_registered_model_alias(MODEL, CHAMPION, version)
+    elif str(champion) != version:
+        why = f"version {champion} stays: this one is not surely better on the same held-out images (95 % intervals)"
+        client.set_model_version_tag(MODEL, version, "winnow.against", why)
     return version
 
 
 def _is_beaten(new: Any, champion: str | None, client: Any) -> bool:
-    """Whether the present champion did better than the version `new`, and on the same held-out images."""
+    """Whether the present champion was measured on the same held-out images, and `new` is not surely better there.
+
+    A version carries no predictions, so that they cannot be paired: Wilson's intervals of the two must not overlap.
+    """
     if champion is None:
         return False
     there = client.get_model_version(MODEL, champion).tags
     on_the_same = there.get("winnow.holdout") == new.tags.get("winnow.holdout")
-    return on_the_same and float(there["holdout_top1"]) > float(new.tags["holdout_top1"])
+    return on_the_same and float(there["holdout_top1_high"]) >= float(new.tags["holdout_top1_low"])
 
 
 def _new_version(

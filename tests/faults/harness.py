@@ -67,7 +67,10 @@ PARAMS: dict[str, Any] = {
         "cached": {**STUDENT, "teacher": "label/top", "images": "select/top", "training": "adamw"},
     },
     "self_distil": {"exits": {**STUDENT, "teacher": "labels", "images": "dedup/train"}},
-    "evaluate": {"teacher": {"model": "teach/teacher"}, "online": {"model": "distil/online"}},
+    "evaluate": {
+        "teacher": {"role": "baseline", "model": "teach/teacher"},
+        "online": {"role": "candidate", "model": "distil/online"},
+    },
     "export": {"online": {"model": "distil/online", "evaluation": "evaluate/online"}},
     "compare": {"title": "faults", "baseline": "teacher"},
 }

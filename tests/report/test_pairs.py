@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -38,6 +39,28 @@ def test_mcnemar_of_thousands_is_the_normal_one() -> None:
     assert pairs.mcnemar(3000, 2800) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
     assert pairs.mcnemar(0, 0) == 1
     assert pairs.mcnemar(40, 40) == pytest.approx(1)
+
+
+def test_every_pair_is_what_each_comparison_says() -> None:
+    right = np.random.default_rng(0).random((7, 300)) < 0.6
+    found = pairs.every_pair(right)
+    assert found == {(i, j): pairs.compare(right[i], right[j]) for i in range(7) for j in range(i + 1, 7)}
+
+
+def test_a_pair_turned_is_the_other_way_round() -> None:
+    names = {("a", "b"): pair(60, 20, 1000)}
+    [there] = pairs.versus(names, 0.01)
+    [back] = pairs.versus({("b", "a"): pair(20, 60, 1000)}, 0.01)
+    assert there.turned() == back.model_copy(update={"p": there.p, "corrected": there.corrected})
+    assert (there.outcome, back.outcome) == ("better", "worse")
+    assert back.low == pytest.approx(-there.high)
+
+
+def test_sixty_entries_of_ten_thousand_images_take_seconds() -> None:
+    right = np.random.default_rng(0).random((60, 10_000)) < 0.6
+    start = time.monotonic()
+    assert len(pairs.versus({(str(i), str(j)): p for (i, j), p in pairs.every_pair(right).items()}, 0.01)) == 1770
+    assert time.monotonic() - start < 10
 
 
 def test_outcomes() -> None:

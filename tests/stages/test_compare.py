@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.report import page
+from pipeline.report import page, pairs
+from pipeline.report.choice import RULE
 from pipeline.report.plots import PAGE_COLOURS
 from pipeline.report.statistics import paired_difference
 from pipeline.report.table import COLUMNS
@@ -23,8 +24,9 @@ from pipeline.stages import compare
 from pipeline.stages.compare import Compare
 from pipeline.store import artifact
 
-N = 400
+N, HELD = 400, 200
 ENTRIES = ("teacher", "baseline", "ssld", "finetune")
+ROLES = {"teacher": "teacher", "baseline": "baseline", "random": "control"}  # of the others: candidate
 SHARES = {"teacher": 0.85, "baseline": 0.6, "ssld": 0.7, "finetune": 0.6}
 NOTE = "The teacher saw the pool's labels."
 Write = Callable[..., Path]
@@ -71,7 +73,14 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     monkeypatch.setattr(artifact, "sync", lambda path: None)  # these tests end no power cut, and write much
 
     def write(
-        name: str, classes: int = 8, ids: str = "val", history: bool = True, class_name: str = "class", **parts: Any
+        name: str,
+        classes: int = 8,
+        ids: str = "val",
+        held_ids: str = "held",
+        history: bool = True,
+        class_name: str = "class",
+        held_right: np.ndarray | None = None,
+        **parts: Any,
     ) -> Path:
         names = [f"{class_name} {c}" for c in range(classes)]
         labels = np.arange(N) % classes
@@ -89,6 +98,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         prepared = {**origin, "stage": "prepare", "entry": None, "params": {}, "inputs": {}, "key": "key of prepare"}
         lineage = {r["key"]: r for r in (origin, selected, prepared)}
         evaluation = {
+            "role": ROLES.get(name, "candidate"),
             "model": {
                 "arch": "resnet8",
                 "parameters": 78_042 * (1 + (name == "teacher")),
@@ -125,6 +135,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
             (tmp / "evaluation.json").write_text(json.dumps(evaluation))
             (tmp / "history.json").write_text(json.dumps({"train": [], "holdout": checks}))
             pq.write_table(pa.table(predictions), tmp / "predictions.parquet")
+            held = np.random.default_rng(1).random(HELD) < 0.5 if held_right is None else held_right
+            answers = {"id": [f"{held_ids}/{i}" for i in range(HELD)], "label": np.ones(HELD, np.int32)}
+            pq.write_table(pa.table({**answers, "predicted": held.astype(np.int32)}), tmp / "predictions-holdout.parquet")
         artifact.provenance.reset(token)
         return tmp_path / "data" / "evaluate" / name
 
@@ -146,7 +159,7 @@ def four(write: Write, tmp_path: Path) -> Path:
     return tmp_path / "data" / "evaluate"
 
 
-def run(evaluations: Path, entries: tuple[str, ...] = ENTRIES, **params: str) -> tuple[Path, Mapping[str, Any]]:
+def run(evaluations: Path, entries: tuple[str, ...] = ENTRIES, **params: Any) -> tuple[Path, Mapping[str, Any]]:
     out = evaluations.parent / "compare" / "results"
     return out, compare.run(Compare(**{"baseline": "baseline", **params}), evaluations=evaluations, out=out, entries=entries)
 
@@ -270,13 +283,131 @@ def test_comparison_json_has_all_that_the_evaluations_say(four: Path) -> None:
         assert {key: entries[name][key] for key in evaluation} == evaluation
 
 
-def test_comparison_json_names_the_best_that_has_the_network_of_the_baseline(four: Path) -> None:
-    def best(baseline: str) -> str | None:
-        out, _ = run(four, baseline=baseline)
-        found: str | None = json.loads((out / "comparison.json").read_text())["best"]
-        return found
+# The choice, and the pairs --------------------------------------------------------------------------------------------
 
-    assert {name: best(name) for name in ENTRIES} == {"teacher": None, "baseline": "ssld", "ssld": None, "finetune": "ssld"}
+
+def held(right: int) -> np.ndarray:
+    """The held-out images, of which the first `right` are named right."""
+    return np.arange(HELD) < right
+
+
+def parts(macs: int = 100, training: int | None = 100, parameters: int = 100) -> dict[str, Any]:
+    """The costs of an entry, as parts of its evaluation."""
+    model = {"arch": "resnet8", "parameters": parameters, "macs": macs, "input": 32, "exit": None}
+    nothing = dict.fromkeys(("stage", "entry", "init", "teacher", "note"))
+    counts = dict.fromkeys(("steps", "batch", "labelled", "unlabelled"), 1)
+    return {"model": model, "training": {**nothing, **counts, "macs": training}}
+
+
+def saved(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "comparison.json").read_text())
+    return found
+
+
+def test_a_control_is_never_chosen_however_good(four: Path, write: Write) -> None:
+    for name, right in (("random", 200), ("teacher", 200), ("baseline", 190), ("ssld", 150), ("finetune", 100)):
+        write(name, held_right=held(right))
+    out, _ = run(four, (*ENTRIES, "random"))
+    assert saved(out)["best"] == saved(out)["choice"]["first"] == "ssld"
+    without, _ = run(four, ("baseline", "random"))
+    assert (saved(without)["best"], saved(without)["choice"], saved(without)["classes"]) == (None, None, [])
+    assert "No entry has the role of a candidate" in Page((without / "report.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("right", "ssld", "finetune", "best"),
+    [
+        (150, {}, {"macs": 1, "training": 1}, "ssld"),  # clearly better: costs do not count
+        (102, {}, {}, "ssld"),  # nobody can tell: the order
+        (102, {}, {"parameters": 99}, "finetune"),
+        (102, {"parameters": 99}, {"training": 99}, "finetune"),
+        (102, {"training": 1, "parameters": 1}, {"macs": 99}, "finetune"),
+        (102, {"training": None}, {}, "finetune"),  # not counted
+        (102, {"macs": 99}, {"training": 1}, "ssld"),
+    ],
+)
+def test_of_candidates_that_holdout_cannot_separate_the_cheaper_is_chosen(
+    four: Path, write: Write, right: int, ssld: dict[str, Any], finetune: dict[str, Any], best: str
+) -> None:
+    write("ssld", held_right=held(right), **parts(**ssld))
+    write("finetune", held_right=held(100), **parts(**finetune))
+    out, _ = run(four)
+    found = saved(out)
+    assert (found["best"], found["choice"]["first"]) == (best, "ssld")
+    [rival] = found["choice"]["rivals"]
+    assert (rival["gained"], rival["lost"], rival["n"]) == (right - 100, 0, HELD)
+    text = Page((out / "report.html").read_text()).text
+    assert (f"the cheapest of them is chosen, {best}" in text) == (right == 102)
+
+
+def test_rivals_are_corrected_for_their_number(four: Path, write: Write) -> None:
+    """106 against 100 has a p value of 0.03 if it is the only pair, and no outcome among four."""
+    names = ("a", "b", "c", "d")
+    write("ssld", held_right=held(106))
+    for i, name in enumerate(names):
+        write(name, held_right=held(100), **parts(macs=50 - i))
+    alone, _ = run(four, ("baseline", "ssld", "a"))
+    assert saved(alone)["best"] == "ssld"
+    among, _ = run(four, ("baseline", "ssld", *names))
+    assert saved(among)["best"] == "d"
+
+
+def test_every_pair_has_its_statistics(four: Path, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    write("random")
+    entries = (*ENTRIES, "random")
+    out, _ = run(four, entries)
+    rows = {(row["entry"], row["other"]): row for row in saved(out)["pairs"]}
+    assert len(rows) == 10
+    found = {names: pairs.compare(right_of(four, names[0]), right_of(four, names[1])) for names in rows}
+    for (names, pair), corrected in zip(found.items(), pairs.holm([p.p for p in found.values()]), strict=True):
+        row = rows[names]
+        assert (row["gained"], row["lost"], row["difference"], row["p"]) == (
+            pair.gained, pair.lost, pair.difference.value, pair.p,
+        )  # fmt: skip
+        assert (row["corrected"], row["outcome"]) == (pytest.approx(corrected), pair.outcome(corrected))
+    listed = list(csv.DictReader((out / "pairs.csv").read_text().splitlines()))
+    assert [(row["entry"], row["other"], row["outcome"]) for row in listed] == [(*k, row["outcome"]) for k, row in rows.items()]
+    table = {row["entry"]: row for row in csv.DictReader((out / "table.csv").read_text().splitlines())}
+    above = rows["teacher", "baseline"]
+    assert (table["teacher"]["role"], table["teacher"]["gained"]) == ("teacher", str(above["gained"]))
+    below = rows["baseline", "ssld"]
+    assert (table["ssld"]["gained"], table["ssld"]["lost"]) == (str(below["lost"]), str(below["gained"]))
+    text, said = Page((out / "report.html").read_text()).text, capsys.readouterr().err
+    for other, (gained, lost) in {
+        "baseline": (below["lost"], below["gained"]),
+        "random": found_of(rows, "ssld", "random"),
+    }.items():
+        sentence = rf"ssld is (better than|not separable from) {other}: .* {gained} images gained, {lost} lost, corrected p "
+        assert re.search(sentence, text)
+        assert re.search(sentence, said)
+    assert "ssld is better than teacher" not in text
+
+
+def found_of(rows: Mapping[tuple[str, str], Mapping[str, Any]], entry: str, other: str) -> tuple[int, int]:
+    row = rows[entry, other]
+    return row["gained"], row["lost"]
+
+
+def test_classes_of_the_chosen_entry_are_compared_with_the_baseline(four: Path) -> None:
+    out, _ = run(four)
+    labels = pq.read_table(four / "ssld" / "predictions.parquet")["label"].to_numpy()
+    right, base = right_of(four, "ssld"), right_of(four, "baseline")
+    classes = saved(out)["classes"]
+    assert len(classes) == 8
+    for row in classes:
+        of = labels == int(row["name"].split()[-1])
+        assert row["difference"] == pytest.approx(right[of].mean() - base[of].mean())
+        assert row["corrected"] >= row["p"]
+    assert "ssld against baseline, class by class" in Page((out / "report.html").read_text()).text
+
+
+def test_the_margin_says_what_is_equivalent(four: Path) -> None:
+    def outcomes(margin: float) -> set[str]:
+        out, _ = run(four, margin=margin)
+        return {row["outcome"] for row in saved(out)["pairs"]}
+
+    assert "equivalent" not in outcomes(0.001)
+    assert "not separable" not in outcomes(0.5)
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -300,10 +431,15 @@ def test_a_missing_or_damaged_evaluation_is_named(four: Path) -> None:
 def test_an_unknown_baseline_is_named(four: Path) -> None:
     with pytest.raises(UserError, match=r"`compare.baseline` is 'base', but .* teacher, baseline, ssld"):
         run(four, baseline="base")
+    with pytest.raises(UserError, match=r"`compare.baseline` is 'ssld', whose role is candidate.*\(there is baseline\)"):
+        run(four, baseline="ssld")
 
 
 def test_models_measured_on_other_images_are_not_compared(four: Path, write: Write) -> None:
     write("ssld", ids="other")
+    with pytest.raises(UserError, match=r"`evaluate\.ssld` and `evaluate\.baseline` were measured on different images"):
+        run(four)
+    write("ssld", held_ids="other")
     with pytest.raises(UserError, match=r"`evaluate\.ssld` and `evaluate\.baseline` were measured on different images"):
         run(four)
     assert not (four.parent / "compare").exists()
@@ -359,7 +495,7 @@ def test_the_page_stands_alone(four: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     inner = {r for r in page.references if r.startswith("#")}
     assert {r[1:] for r in inner} <= set(page.ids)
-    assert set(page.references) - inner == {"table.csv", "comparison.json"}
+    assert set(page.references) - inner == {"table.csv", "pairs.csv", "comparison.json"}
     assert all((out / file).is_file() for file in set(page.references) - inner)
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert "@import" not in html
@@ -375,8 +511,9 @@ def test_the_page_tells_the_comparison_and_where_it_came_from(four: Path) -> Non
     text = Page((out / "report.html").read_text()).text
     ssld = json.loads((out / "comparison.json").read_text())["entries"]["ssld"]
     assert "Scenes" in text
-    # finetune and baseline are as good on holdout; the teacher, a larger network, is no peer of the baseline's.
-    assert f"ssld1 does best on the held-out images. It names {100 * ssld['val']['top1']:.1f} % of 400 validation" in text
+    assert f"Of the candidates, ssld1 is chosen by the held-out images. It names {100 * ssld['val']['top1']:.1f} % of 400" in text
+    assert "ssld does best on the held-out images" in text
+    assert RULE in text
     assert all(name in text for name in (*ENTRIES, "class 7", NOTE, "sym_kl"))
     assert "95,123 images in the pool" in text.replace("95,123images", "95,123 images")
     assert "94,567" in text
@@ -428,7 +565,11 @@ def test_of_many_classes_those_are_shown_on_which_entries_differ_most(write: Wri
     entries = json.loads((out / "comparison.json").read_text())["entries"]
     table = np.array([list(entries[name]["val"]["per_class"].values()) for name in ENTRIES])
     spread = table.max(0) - table.min(0)
-    heat = re.findall(r'<tr><th scope="row">class (\d+)</th>', (out / "report.html").read_text())
+    html = (out / "report.html").read_text()
+    heat = re.findall(
+        r'<tr><th scope="row">class (\d+)</th>', html[html.index('<table class="heat">') : html.index('id="differing"')]
+    )
+    assert f"These are {page.HEAT_CLASSES} of them." in html
     shown = np.array([int(c) for c in heat])
     assert len(shown) == page.HEAT_CLASSES
     assert list(shown) == sorted(shown)

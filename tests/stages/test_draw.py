@@ -153,3 +153,15 @@ def test_a_leak_is_its_validation_picture_and_a_clean_picture_is_not(drawn: Draw
 def test_params_that_cannot_be_drawn_are_refused(changed: dict[str, int], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         dataset.Draw.model_validate(SMALL | changed)
+
+
+def test_more_labelled_images_leave_val_the_pool_and_the_first_ones_as_they_are() -> None:
+    """Pixels follow from (seed, stream, number), so that equal scenes are equal files."""
+    few, more = dict(dataset.pictures_of(dataset.LABELLED, 50)), dict(dataset.pictures_of(dataset.LABELLED, 60))
+    assert few.items() <= more.items()
+    numbers = [scene.number for scene in more.values()]
+    assert len(set(numbers)) == len(numbers) == 600
+    assert [scene.number for scene in few.values()] == list(range(500))  # as they always were
+    assert [scene.number for _, scene in dataset.pictures_of(dataset.VAL, 100)] == list(range(1000))
+    pools = [dataset.pool_contents(dataset.Draw(seed=0, labelled=labelled)) for labelled in (50, 60)]
+    assert pools[0] == pools[1]

@@ -26,7 +26,7 @@ CLASSES = ("ant", "bee", "cat")
 def evaluated(data: Path, model: Path, out: Path, **params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and evaluation.json."""
     metrics = evaluate.run(
-        evaluate.Evaluate.model_validate({"model": "-", **params}),
+        evaluate.Evaluate.model_validate({"role": "candidate", "model": "-", **params}),
         train=data / "train",
         val=data / "val",
         holdout=data / "holdout",
@@ -48,6 +48,9 @@ def test_evaluate_reports_what_the_predictions_say(data: Path, tmp_path: Path) -
         n: pytest.approx(right[predictions["label"] == i].mean()) for i, n in enumerate(CLASSES)
     }
     assert (evaluation["val"]["n"], evaluation["holdout"]["n"], evaluation["training"]["labelled"]) == (9, 6, 18)
+    held = pq.read_table(tmp_path / "out" / "predictions-holdout.parquet").to_pandas()
+    assert evaluation["holdout"]["top1"] == pytest.approx((held["label"] == held["predicted"]).mean())
+    assert held["id"].tolist() == manifest.read(data / "holdout").table["id"].to_pylist()
     with (tmp_path / "out" / "confusion.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:

@@ -42,7 +42,7 @@ def evaluation_of(folder: Path, model: Path, exit_: int | None = None) -> Path:
     """What `evaluate` writes about `model`, as far as `export` reads it."""
     token = artifact.provenance.set({"inputs": {"model": {"path": str(model), "identity": artifact.identity(model)}}})
     with artifact.writing(folder) as tmp:
-        evaluation.write(tmp, evaluated(exit=exit_), evaluation.PREDICTED.empty_table(), pa.table({"class": []}), b"{}")
+        evaluation.write(tmp, evaluated(exit=exit_), {"val": evaluation.PREDICTED.empty_table()}, pa.table({"class": []}), b"{}")
     artifact.provenance.reset(token)
     return folder
 

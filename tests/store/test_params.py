@@ -95,7 +95,7 @@ def test_a_home_folder_is_refused_as_dvc_would_not_find_it(tmp_path: Path) -> No
 
 
 def test_a_path_named_model_is_no_name_on_a_shelf(tmp_path: Path) -> None:
-    file = written(tmp_path, "evaluate: {x: {model: teach/x}}")
+    file = written(tmp_path, "evaluate: {x: {role: teacher, model: teach/x}}")
     assert params.load(file, Evaluate, ("evaluate", "x")).model == "teach/x"
 
 
