@@ -227,7 +227,7 @@ def test_records_say_the_dtype_and_evaluation_is_float32(data: Path, tmp_path: P
 
     def measured(machine: Machine, out: Path) -> Evaluation:
         paths = {"train": data / "train", "val": data / "val", "holdout": data / "holdout", "model": model, "out": out}
-        evaluate.run(evaluate.Evaluate(model="-"), **paths, journal=Journal(), machine=machine)
+        evaluate.run(evaluate.Evaluate(model="-", role="candidate"), **paths, journal=Journal(), machine=machine)
         return read(out)
 
     half, single = measured(half_precision, tmp_path / "a"), measured(MACHINE, tmp_path / "b")
