@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -241,7 +242,7 @@ def test_balanced_is_uniform_within_a_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", [{"rule": "band", "skip": 50}, {"rule": "balanced"}])
-def test_the_controls_are_the_same_whatever_the_threads_memory_and_row_groups(tmp_path: Path, rule: dict[str, object]) -> None:
+def test_the_controls_are_the_same_whatever_the_threads_memory_and_row_groups(tmp_path: Path, rule: dict[str, Any]) -> None:
     identities = set()
     for threads, memory_gb, row_group in [(1, 1.0, 100_000), (4, 0.1, 500)]:
         pool = Pool(tmp_path, 40_000, row_group=row_group)
