@@ -45,6 +45,7 @@ INERT = ("pipeline.harness", "pipeline.tracking", "pipeline.errors")
 """What cannot change a result: rooms and modules that no stage is stale for."""
 PARAMS_FILE = Path("params.yaml")
 WRONG_INPUT, TRY_AGAIN, INTERRUPTED = 2, 75, 130
+TOO_LARGE = ("a file may not grow further", "Raise the limit (`ulimit -f`)")
 
 
 def main(run: Callable[..., Metrics], parallel: bool = False, gathers: str | None = None) -> None:
@@ -61,10 +62,10 @@ def main(run: Callable[..., Metrics], parallel: bool = False, gathers: str | Non
     except UserError as error:
         _stop(str(error), WRONG_INPUT)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in artifact.FULL:
+            what, mend = ("the disk is full", "Free space") if error.errno != errno.EFBIG else TOO_LARGE
             _stop(
-                f"the disk is full ({error.filename or 'while writing'}). "
-                "Free space and repeat the command: it goes on where it stopped.",
+                f"{what} ({error.filename or 'while writing'}). {mend} and repeat the command: it goes on where it stopped.",
                 TRY_AGAIN,
             )
         traceback.print_exc()

@@ -1,26 +1,37 @@
 """Hand a model over to people without winnow: safetensors in timm's layout, ONNX, torch.export, a card and an example."""
 
+import html
+import io
 import json
 import logging
+import re
+import subprocess
+import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.harness import stage
+from pipeline.harness.machine import Machine
 from pipeline.models import architectures, checkpoint, inputs, network
-from pipeline.report.evaluation import Evaluation, read
-from pipeline.store import artifact
+from pipeline.report.evaluation import Evaluation, read, read_predictions
+from pipeline.store import artifact, manifest
+from pipeline.store.decode import FORMATS
 from pipeline.store.params import Made, Section
 
 BATCHES = (1, 3)  # whose logits are compared: any number of images must do
 TOLERANCE = 1e-3  # of the largest logit
+SAMPLE = 64  # validation images whose answers are compared
 ONNX, PROGRAM, EXAMPLE, CARD = "model.onnx", "model.pt2", "example.py", "README.md"
 
 
@@ -56,13 +67,18 @@ class Classifier(nn.Module):
         return logits
 
 
-def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Metrics:
+Logits = Callable[[Tensor], Tensor]
+"""(B, 3, S, S) pixels -> (B, C)."""
+
+
+def run(params: Export, *, model: Path, evaluation: Path, val: Path, out: Path, machine: Machine) -> stage.Metrics:
     """Write a folder that stands alone, and that winnow reads as a model directory too.
 
     `model.onnx` and `model.pt2` take `pixels`, (B, 3, S, S) float32 of 0..255 in RGB, and give `logits`, (B, C). `config.json`
     stands beside `model.safetensors` where timm has the architecture, so that `timm.create_model("local-dir:...")` loads it.
-    `example.py` classifies a picture with onnxruntime. Raises UserError if `evaluation` is of another model, or if onnxruntime,
-    or the program loaded again, gives other logits than torch.
+    `example.py` classifies image files with onnxruntime, with winnow's decoding and canvas. Raises UserError if `evaluation` is
+    of another model, if a written file gives other logits than torch, or if a written file or the example does not give the
+    answers of `evaluation` on images of `val`.
     """
     classes = checkpoint.describe(model).classes
     classifier, description, input_spec = network.load(model, classes, params.exit)
@@ -71,21 +87,33 @@ def run(params: Export, *, model: Path, evaluation: Path, out: Path) -> stage.Me
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, classifier, description, json.loads((model / checkpoint.HISTORY).read_text()))
         known_to_timm = _timm_config(tmp, classifier, description, input_spec)
-        gaps = {"onnx": _onnx(tmp / ONNX, whole, input_spec.size), "program": _program(tmp / PROGRAM, whole, input_spec.size)}
-        facts = {
+        written = {ONNX: _onnx(tmp / ONNX, whole, input_spec.size), PROGRAM: _program(tmp / PROGRAM, whole, input_spec.size)}
+        gaps = {name: _gap(whole, input_spec.size, logits, name) for name, logits in written.items()}
+        facts = {"description": description, "input_spec": input_spec, "formats": ("JPEG", *FORMATS)}
+        (tmp / EXAMPLE).write_text(_template(EXAMPLE).render(facts), encoding="utf-8")
+        images = manifest.read(val)
+        images = images.take(np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(int)))
+        ties = _compare(images, evaluation, whole, written, tmp / EXAMPLE, input_spec, machine)
+        facts |= {
             "params": params,
-            "description": description,
-            "input_spec": input_spec,
             "parameters": architectures.parameters_of(classifier),
             "macs": architectures.macs(classifier, input_spec.size),
             "val": measured.val,
             "training": measured.training,
             "timm": known_to_timm,
+            "compared": len(images),
+            "ties": ties,
         }
-        for name in (EXAMPLE, CARD):
-            (tmp / name).write_text(_template(f"export.{name}.jinja").render(facts))
+        (tmp / CARD).write_text(_template(CARD, plain).render(facts), encoding="utf-8")
         size = (tmp / checkpoint.WEIGHTS).stat().st_size
-    return {"parameters": facts["parameters"], "bytes": size, **{f"{name}_gap": gap for name, gap in gaps.items()}}
+    return {
+        "parameters": facts["parameters"],
+        "bytes": size,
+        "onnx_gap": gaps[ONNX],
+        "program_gap": gaps[PROGRAM],
+        "compared": len(images),
+        "ties": ties,
+    }
 
 
 def _measured(folder: Path, model: Path, exit: int | None, size: int) -> Evaluation:
@@ -125,8 +153,8 @@ def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Descrip
     return True
 
 
-def _onnx(file: Path, classifier: nn.Module, size: int) -> float:
-    """Write the model and return the largest difference of a logit between onnxruntime and torch, over the largest logit."""
+def _onnx(file: Path, classifier: nn.Module, size: int) -> Logits:
+    """Write the model; returns what onnxruntime makes of the file."""
     import onnxruntime
 
     with warnings.catch_warnings():  # of the exporter's own making
@@ -144,18 +172,21 @@ def _onnx(file: Path, classifier: nn.Module, size: int) -> float:
         assert program is not None
         program.save(file, external_data=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return _gap(classifier, size, lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0]), file)
+    return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
 
 
-def _program(file: Path, classifier: nn.Module, size: int) -> float:
-    """Write the program of torch.export, and return what `_onnx` returns."""
+def _program(file: Path, classifier: nn.Module, size: int) -> Logits:
+    """Write the program of torch.export; returns the file loaded again."""
     shapes = ({0: torch.export.Dim("batch")},)
-    torch.export.save(torch.export.export(classifier, (torch.zeros(2, 3, size, size),), dynamic_shapes=shapes), file)
-    return _gap(classifier, size, torch.export.load(file).module(), file)
+    buffer = io.BytesIO()  # torch's own writer calls a full disk an "unexpected pos"
+    torch.export.save(torch.export.export(classifier, (torch.zeros(2, 3, size, size),), dynamic_shapes=shapes), buffer)
+    file.write_bytes(buffer.getvalue())
+    return torch.export.load(file).module()
 
 
 @torch.no_grad()
-def _gap(classifier: nn.Module, size: int, other: Any, file: Path) -> float:
+def _gap(classifier: nn.Module, size: int, other: Logits, name: str) -> float:
+    """The largest difference of a logit from the classifier's, over its largest logit. Raises UserError above TOLERANCE."""
     random = np.random.default_rng(0)
     gap = 0.0
     for batch in BATCHES:
@@ -163,13 +194,93 @@ def _gap(classifier: nn.Module, size: int, other: Any, file: Path) -> float:
         expected = classifier(pixels)
         gap = max(gap, float((other(pixels) - expected).abs().max() / expected.abs().max()))
     if not gap <= TOLERANCE:
-        raise UserError(f"{file.name} gives other logits than the model: they differ by {gap:.2g} of the largest one.")
+        raise UserError(f"{name} gives other logits than the model: they differ by {gap:.2g} of the largest one.")
     return gap
 
 
-def _template(name: str) -> Any:
-    loader = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).get_template(name)
+@torch.no_grad()
+def _compare(
+    images: manifest.Manifest,
+    evaluation: Path,
+    classifier: nn.Module,
+    written: dict[str, Logits],
+    example: Path,
+    input_spec: inputs.Input,
+    machine: Machine,
+) -> int:
+    """Compare the answers of the written files and of the example on `images` with those of the evaluation.
+
+    Returns for how many images there was another answer with a logit within TOLERANCE of the evaluation's answer: rounding
+    decides such a tie. Raises UserError for any other difference.
+    """
+    table = read_predictions(evaluation)
+    known = dict(zip(table["id"].to_pylist(), table["predicted"].to_pylist(), strict=True))
+    ids = images.table["id"].to_pylist()
+    if unknown := [name for name in ids if name not in known]:
+        raise UserError(f"{evaluation} has no answer for the validation image {unknown[0]}: it was measured on other images.")
+    canvases = inputs.load(images, input_spec.side, machine, "val").gather(np.arange(len(images)))
+    pixels = inputs.centre(canvases, input_spec.size).float().contiguous()
+    logits = classifier(pixels)
+    near = TOLERANCE * logits.abs().amax(1)
+    answers = {name: other(pixels).argmax(1).tolist() for name, other in written.items()}
+    answers[EXAMPLE] = _answers(example, images)
+    ties = set()
+    for name, given in answers.items():
+        for row, (image, answer) in enumerate(zip(ids, given, strict=True)):
+            expected = known[image]
+            if answer == expected:
+                continue
+            if (logits[row, answer] - logits[row, expected]).abs() > near[row]:
+                raise UserError(
+                    f"{name} does not give the evaluation's answer for {image}: it says {images.classes[answer]}, and "
+                    f"{evaluation} {images.classes[expected]}. The card would promise what the files do not hold."
+                )
+            ties.add(row)
+    return len(ties)
+
+
+def _answers(example: Path, images: manifest.Manifest) -> list[int]:
+    """The class that `example` prints for each image. Raises UserError where it prints none."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i, data in enumerate(manifest.image_bytes(images, range(len(images)))):
+            (Path(folder) / f"{i:06}").write_bytes(data)
+        command = [sys.executable, "-X", "utf8", str(example), folder]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+        if done.returncode:
+            raise UserError(f"{EXAMPLE} fails, with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+    lines = [line.rsplit("\t", 2) for line in done.stdout.splitlines()]
+    said = {Path(line[0]).name: line[1] for line in lines if len(line) == 3}
+    answers = [said.get(f"{i:06}") for i in range(len(images))]
+    if not set(answers) <= set(images.classes):
+        row = next(i for i, name in enumerate(answers) if name not in images.classes)
+        raise UserError(f"{EXAMPLE} has no answer for {images.table['id'][row]}: {done.stderr.strip()[-500:]}")
+    return [images.classes.index(str(name)) for name in answers]
+
+
+def plain(value: Any) -> Any:
+    """A text as Markdown that shows it as it is, on one line; whatever is no text, as it is."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"[\\`*_\[\]|~$#]", r"\\\g<0>", html.escape(" ".join(value.split()), quote=False))
+
+
+def code(value: str) -> Markup:
+    """A text as a code span of Markdown, also in a table."""
+    text = " ".join(value.split())
+    return Markup(f"<code>{plain(text)}</code>" if "`" in text or "|" in text else f"`{text}`")
+
+
+def _template(name: str, shown: Callable[[Any], Any] | None = None) -> Template:
+    """The template of a file; `shown` is applied to each value in it, but for Markup."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+        finalize=shown,
+    )
+    environment.filters["code"] = code
+    return environment.get_template(f"export.{name}.jinja")
 
 
 if __name__ == "__main__":

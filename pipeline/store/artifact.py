@@ -5,6 +5,7 @@ DVC hands back a damaged cache entry as "up to date"; the checksums here are wha
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,10 @@ discard: ContextVar[bool] = ContextVar("discard", default=False)
 """Set in all processes of a group but the first: what they write goes nowhere."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The numbers of an OSError that mean: no more bytes go there. EFBIG is a limit on the size of a file."""
+
+
 class ArtifactError(UserError):
     """An artifact is missing, incomplete, or its bytes are not those that were written."""
 
@@ -42,7 +47,8 @@ class ArtifactError(UserError):
 def writing(out: Path) -> Iterator[Path]:
     """Give a temporary directory beside `out`; on a clean exit checksum it, sync it to disk and rename it to `out`.
 
-    If the block raises, `out` is left as it was and the temporary directory is removed. A previous `out` is replaced.
+    If the block raises, `out` is left as it was and the temporary directory is removed. A previous `out` is replaced. Raises
+    OSError with a number of FULL where the disk is full, whatever the library that wrote calls it.
     """
     with _replacing(out) as tmp:
         yield tmp
@@ -51,6 +57,9 @@ def writing(out: Path) -> Iterator[Path]:
             (tmp / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         files = {name: _facts(tmp / name) for name in _files(tmp)}
         (tmp / CHECKSUMS).write_text(json.dumps({"files": files}, indent=1, sort_keys=True) + "\n")
+        mode = (tmp / CHECKSUMS).stat().st_mode
+        for name in files:
+            (tmp / name).chmod(mode)  # safetensors writes files that only their owner can read
 
 
 def copy(source: Path, out: Path) -> None:
@@ -75,7 +84,8 @@ def _replacing(out: Path) -> Iterator[Path]:
     tmp = out.parent / f".{out.name}.tmp-{os.getpid()}"
     tmp.mkdir()
     try:
-        yield tmp
+        with _full_disks_named(out):
+            yield tmp
         for name in _files(tmp):
             sync(tmp / name)
         sync(tmp)
@@ -108,12 +118,30 @@ def writing_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        yield tmp
+        with _full_disks_named(path):
+            yield tmp
         sync(tmp)
         tmp.rename(path)
         sync(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _full_disks_named(out: Path) -> Iterator[None]:
+    """Raise an OSError that names `out` where a full disk stops what is done inside.
+
+    safetensors and faiss raise errors of their own then, which have the system's message but not its number.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        for number in FULL:
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(out)) from error
+        raise
 
 
 def verify(path: Path) -> Path:

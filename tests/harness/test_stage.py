@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.store import artifact, params
+from tests.disks import disk_of
 
 ROOT = Path(__file__).parents[2]
 STAGE = '''
 """A stage for tests."""
 import os, shutil, time
 from pathlib import Path
+import numpy as np
+import safetensors.numpy
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
 from pipeline.store import artifact
@@ -37,7 +41,8 @@ def run(
     if params.do == "tidy":
         shutil.rmtree = lambda folder, **_: Path(folder).exists() and os.kill(os.getpid(), 9)
     if params.do == "full":
-        raise OSError(28, "No space left on device", "data/big")
+        with artifact.writing(out) as tmp:
+            safetensors.numpy.save_file({"weights": np.zeros(4_000_000, np.uint8)}, tmp / "weights")
     if params.do == "defect":
         raise KeyError("a defect")
     with artifact.writing(out) as tmp:
@@ -64,9 +69,12 @@ def command(house: Path, do: str = "", text: str = "hello") -> list[str]:
     return [sys.executable, "distil.py", "x", "--source", "source", "--out", "data/distil/x"]
 
 
-def run(house: Path, do: str = "", text: str = "hello", **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    house: Path, do: str = "", text: str = "hello", limit: int = resource.RLIM_INFINITY, **env: str
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WINNOW_TRACKING": "off", **env}
-    return subprocess.run(command(house, do, text), capture_output=True, text=True, env=environment, timeout=60)
+    limited = ["prlimit", f"--fsize={limit}", *command(house, do, text)] if limit >= 0 else command(house, do, text)
+    return subprocess.run(limited, capture_output=True, text=True, env=environment, timeout=60)
 
 
 def test_writes_artifact_and_metrics(house: Path) -> None:
@@ -90,12 +98,23 @@ def test_the_key_is_the_content_of_the_inputs_not_their_time(house: Path) -> Non
 
 
 def test_a_full_disk_is_named_and_the_next_run_finds_its_workdir(house: Path) -> None:
-    failed = run(house, do="full")
-    assert failed.returncode == 75
-    assert "the disk is full (data/big)" in failed.stderr
-    assert "Traceback" not in failed.stderr
-    assert not (house / "data/distil/x").exists()
+    (house / "data").mkdir()
+    with disk_of("1m", house / "data"):
+        failed = run(house, do="full")
+        assert failed.stderr.endswith(
+            "error: the disk is full (data/distil/x). Free space and repeat the command: it goes on where it stopped.\n"
+        )
+        assert "Traceback" not in failed.stderr
+        assert failed.returncode == 75
+        assert not list((house / "data/distil").iterdir())
     assert len(list((house / ".scratch/distil.x").rglob("resumed"))) == 1
+
+
+def test_a_limit_on_the_size_of_files_is_named(house: Path) -> None:
+    failed = run(house, do="full", limit=1_000_000)
+    assert "error: a file may not grow further (data/distil/x). Raise the limit (`ulimit -f`) and repeat" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert failed.returncode == 75
 
 
 def test_under_dvc_a_section_that_a_later_stage_needs_is_missed_at_once(house: Path) -> None:

@@ -6,13 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
 
 from pipeline.store import artifact
 from pipeline.store.artifact import ArtifactError
+from tests.disks import disk_of
 
 FILES = {"a.bin": bytes(range(256)), "deep/b.txt": b"text", "empty": b""}
 
@@ -81,25 +89,78 @@ def test_an_artifact_that_is_not_there(tmp_path):
         artifact.identity(tmp_path / "out")
 
 
+class Interrupted(Exception):
+    pass
+
+
 def interrupted(out: Path) -> None:
     with artifact.writing(out) as tmp:
         (tmp / "half").write_bytes(b"x")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise Interrupted
 
 
 def interrupted_file(file: Path) -> None:
     with artifact.writing_file(file) as tmp:
         tmp.write_text("2")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise Interrupted
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):
     out = written(tmp_path / "out")
     before = artifact.identity(out)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(Interrupted):
         interrupted(out)
     assert artifact.identity(artifact.verify(out)) == before
     assert beside(out) == ["out"]
+
+
+def write_faiss(file: Path) -> None:
+    index = faiss.IndexFlatL2(64)
+    index.add(np.zeros((4096, 64), np.float32))
+    faiss.write_index(index, str(file))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "python": lambda file: file.write_bytes(bytes(1 << 20)),
+    "arrow": lambda file: pq.write_table(pa.table({"x": np.random.default_rng(0).random(1 << 17)}), file),
+    "safetensors of torch": lambda file: safetensors.torch.save_file({"x": torch.zeros(1 << 18)}, file),
+    "safetensors of numpy": lambda file: safetensors.numpy.save_file({"x": np.zeros(1 << 18)}, file),
+    "faiss": write_faiss,
+}
+
+
+def fill_artifact(out: Path, write: Callable[[Path], object]) -> None:
+    with artifact.writing(out) as tmp:
+        write(tmp / "file")
+
+
+def fill_file(file: Path, write: Callable[[Path], object]) -> None:
+    with artifact.writing_file(file) as tmp:
+        write(tmp)
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("fill", [fill_artifact, fill_file])
+def test_a_full_disk_is_an_os_error_that_names_what_was_written(
+    tmp_path: Path, fill: Callable[[Path, Callable[[Path], object]], None], write: Callable[[Path], object]
+) -> None:
+    with disk_of("512k", tmp_path):
+        with pytest.raises(OSError, match="No space left on device") as full:
+            fill(tmp_path / "out", write)
+        assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(tmp_path / "out"))
+        assert not list(tmp_path.iterdir())
+
+
+def test_whoever_may_read_one_file_of_an_artifact_may_read_all(tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            with artifact.writing(tmp_path / "out") as tmp:
+                (tmp / "text").write_text("text")
+                safetensors.numpy.save_file({"x": np.zeros(3)}, tmp / "tensors")
+        finally:
+            os.umask(before)
+        assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {mode}
 
 
 def test_a_new_artifact_replaces_all_of_the_old(tmp_path):
@@ -179,7 +240,7 @@ def test_one_file(tmp_path):
     with artifact.writing_file(file) as tmp:
         tmp.write_text("1")
         assert not file.exists()
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(Interrupted):
         interrupted_file(file)
     assert file.read_text() == "1"
     assert beside(file) == ["metrics.json"]

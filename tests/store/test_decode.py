@@ -3,8 +3,10 @@
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -259,6 +261,35 @@ def test_every_flipped_bit_of_a_png_is_noticed():
         flipped[at] ^= 1 << int(random.integers(8))
         with pytest.raises(ImageRefused):
             decode(bytes(flipped))
+
+
+def test_damage_in_a_deflated_tiff_is_noticed():
+    random = np.random.default_rng(1)
+    for seed in range(30):
+        data = encoded(picture(seed, (90, 70)) + random.integers(0, 9, (70, 90, 3), np.uint8), "TIFF", compression="tiff_deflate")
+        tags = Image.open(io.BytesIO(data)).tag_v2  # type: ignore[attr-defined]
+        for at, size in zip(tags[273], tags[279], strict=True):
+            start = at + int(random.integers(2, size - 64))
+            with pytest.raises(ImageRefused, match=r"^damaged: "):
+                decode(data[:start] + bytes(64) + data[start + 64 :])
+
+
+def good_tiffs() -> Iterator[bytes]:
+    for seed in range(20):
+        image = picture(seed, (40 + 13 * seed, 300 - 11 * seed))
+        for mode in ("RGB", "L", "RGBA", "P", "1", "CMYK"):
+            for compression in ("tiff_adobe_deflate", "tiff_deflate", "tiff_lzw", "packbits", "raw"):
+                yield encoded(
+                    Image.fromarray(image).convert(mode), "TIFF", **({"compression": compression} if compression else {})
+                )
+        for code in (1, 5, 8, 32946):
+            yield cv2.imencode(".tif", image, [cv2.IMWRITE_TIFF_COMPRESSION, code, cv2.IMWRITE_TIFF_ROWSPERSTRIP, 1 + seed])[
+                1
+            ].tobytes()
+
+
+def test_no_good_tiff_is_refused():
+    assert len([decode(data) for data in good_tiffs()]) == 20 * (6 * 5 + 4)
 
 
 @pytest.mark.parametrize("measure", [decode, size_of])
