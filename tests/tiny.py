@@ -2,19 +2,22 @@
 
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
+from pipeline.leaks import findings
 from pipeline.sources.folder import Folder
 from pipeline.stages import distil, prepare, score, self_distil, teach
+from pipeline.store import artifact
 
 MACHINE = Machine(device="cpu", precision="float32", threads=1, workers=2)
 SMALL = {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 16}}
@@ -122,7 +125,16 @@ def prepared(root: Path, classes: Mapping[str, int], *, pool: int = 20, holdout:
     found = root / "data" / "prepare"
     outs = {f"{name}_out": found / name for name in ("train", "holdout", "val", "pool", "quarantine")}
     prepare.run(params, root=root, machine=Machine(workers=1), **outs)
+    leaks_of(found / "leaks", [])
     return found
+
+
+def leaks_of(folder: Path, copies: Sequence[tuple[str, str, str, str, bool]], searched: str = "pool-val train-val") -> Path:
+    """What `dedup` says of validation images and their copies: rows of VAL_COPIES."""
+    rows = [dict(zip(findings.VAL_COPIES.names, row, strict=True)) for row in copies]
+    with artifact.writing(folder) as tmp:
+        findings.write_val_copies(tmp, pa.Table.from_pylist(rows, findings.VAL_COPIES), searched.split())
+    return folder
 
 
 def taught(data: Path, out: Path, seed: int = 0, scratch: Path | None = None, init_path: Path = SCRATCH, **params: Any) -> Path:

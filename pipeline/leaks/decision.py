@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import UserError
 from pipeline.leaks import geometry
-from pipeline.leaks.findings import ALIKE, FOUND, Row
+from pipeline.leaks.findings import ALIKE, FOUND, VAL_COPIES, Row
 from pipeline.leaks.verdict import WHOLE_RULES
 from pipeline.store.manifest import Manifest
 from pipeline.store.params import Section
@@ -283,18 +283,6 @@ def one_per_copy(pairs: pa.Table, pool: Manifest) -> pa.Table:
     best = pairs.filter(goes).sort_by([("row", "ascending"), ("score", "descending"), ("match", "ascending")])
     row = best["row"].to_numpy()
     return best.filter(pa.array(np.r_[True, row[1:] != row[:-1]][: len(row)], pa.bool_()))
-
-
-VAL_COPIES_FILE = "val_copies.parquet"
-VAL_COPIES = pa.schema(
-    [
-        ("id", pa.string()),  # of a validation image
-        ("set", pa.string()),  # that its copy is in: pool, train, holdout or val
-        ("copy", pa.string()),  # its id
-        ("outcome", pa.string()),  # copy or review
-        ("kept", pa.bool_()),  # whether it is still in that set
-    ]
-)
 
 
 def val_copies(audit: pa.Table) -> pa.Table:

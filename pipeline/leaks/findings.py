@@ -1,6 +1,6 @@
 """The format of findings: one row for each image found in another, as the search measures it and `dedup` decides on it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,17 @@ FOUND = pa.schema(
         ("id", pa.string()),
         ("match_id", pa.string()),
         *FINDINGS,
+    ]
+)
+
+VAL_COPIES_FILE = "val_copies.parquet"
+VAL_COPIES = pa.schema(
+    [
+        ("id", pa.string()),  # of a validation image
+        ("set", pa.string()),  # that its copy is in: pool, train, holdout or val
+        ("copy", pa.string()),  # its id
+        ("outcome", pa.string()),  # copy or review
+        ("kept", pa.bool_()),  # whether it is still in that set
     ]
 )
 
@@ -77,3 +88,21 @@ def write(folder: Path, audit: pa.Table) -> None:
 def read(folder: Path) -> pa.Table:
     """The decided findings of the artifact `folder`."""
     return pq.read_table(folder / FILE)
+
+
+def write_val_copies(folder: Path, copies: pa.Table, searched: Iterable[str]) -> None:
+    """Write rows of VAL_COPIES into the artifact being made at `folder`; `searched`: the relations that were looked for."""
+    table = copies.replace_schema_metadata({"searched": " ".join(sorted(searched))})
+    pq.write_table(table, folder / VAL_COPIES_FILE, compression="zstd")
+
+
+def val_with_a_copy(folder: Path, sets: Sequence[str]) -> set[str] | None:
+    """The validation images with a copy that is still in one of `sets` (pool, train), by the artifact `folder` of `dedup`.
+
+    None where not all of these were searched.
+    """
+    table = pq.read_table(folder / VAL_COPIES_FILE)
+    if not {f"{name}-val" for name in sets} <= set(table.schema.metadata[b"searched"].decode().split()):
+        return None
+    there = zip(*(table[name].to_pylist() for name in ("id", "set", "outcome", "kept")), strict=True)
+    return {image for image, of, outcome, kept in there if of in sets and outcome == "copy" and kept}

@@ -83,6 +83,18 @@ class Calibration(BaseModel):
     val_nll: float
 
 
+class Clean(BaseModel):
+    """Top-1 on the `n` validation images without a copy in the pool or the labelled set, as these were left to learn from.
+
+    What a published checkpoint had learned from is not known, and not in it.
+    """
+
+    n: int
+    top1: float
+    top1_low: float
+    top1_high: float
+
+
 class Way(BaseModel):
     """A way to use a network with several exits: one of them by its number, their `ensemble`, or `early`."""
 
@@ -137,6 +149,8 @@ class Evaluation(BaseModel):
     training: TrainingFacts
     val: Measured
     holdout: Measured
+    clean: Clean | None = None
+    """None where the labelled images were not searched for copies."""
     exits: ExitComparison | None = None
     corruptions: Corruptions | None = None
     speed: Speed | None = None
@@ -145,17 +159,25 @@ class Evaluation(BaseModel):
 
     @model_serializer(mode="wrap")
     def _what_was_measured(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        absent = {name for name in ("exits", "corruptions", "speed", "calibration", "dtype") if getattr(self, name) is None}
+        absent = {
+            name for name in ("clean", "exits", "corruptions", "speed", "calibration", "dtype") if getattr(self, name) is None
+        }
         return {name: value for name, value in handler(self).items() if name not in absent}
 
     def figures(self) -> dict[str, float]:
-        """The numbers by `val_top1`, `holdout_nll`, ..., and those of `calibration` by `calibrated_val_ece`, ..."""
+        """The numbers by `val_top1`, `holdout_nll`, ..., those of `calibration` by `calibrated_val_ece`, ...,
+        and those on clean val by `clean_val_top1`, ..."""
         calibrated = self.calibration.model_dump() if self.calibration else {}
-        return {
-            f"{split}_{name}": value
-            for split, measured in (("val", self.val), ("holdout", self.holdout))
-            for name, value in measured.model_dump(exclude={"per_class", "reliability"}).items()
-        } | {f"calibrated_{name}": value for name, value in calibrated.items()}
+        clean = self.clean.model_dump() if self.clean else {}
+        return (
+            {
+                f"{split}_{name}": value
+                for split, measured in (("val", self.val), ("holdout", self.holdout))
+                for name, value in measured.model_dump(exclude={"per_class", "reliability"}).items()
+            }
+            | {f"calibrated_{n}": v for n, v in calibrated.items()}
+            | {f"clean_val_{n}": v for n, v in clean.items()}
+        )
 
 
 def write(

@@ -41,6 +41,12 @@ COLUMNS = (
         lambda e: "{} [{}, {}]".format(*(percent(getattr(e.evaluation.val, k)) for k in ("top1", "top1_low", "top1_high"))),
     ),
     Column(
+        "clean val %",
+        "The share on the validation images without a copy in the pool or the labelled set, as these were left to learn from. "
+        "What a published checkpoint had seen is not known.",
+        lambda e: "–" if e.evaluation.clean is None else percent(e.evaluation.clean.top1),
+    ),
+    Column(
         "vs baseline",
         "Difference in points to the baseline on the same images, with its 95 % interval (paired: Bonett and Price 2012).",
         _gain,

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.harness import stage
@@ -61,7 +60,7 @@ def run(
     warnings = decision.warnings(metrics, params.model_dump())
     with artifact.writing(leaks_out) as tmp:
         findings.write(tmp, audit)
-        pq.write_table(decision.val_copies(audit), tmp / decision.VAL_COPIES_FILE, compression="zstd")
+        findings.write_val_copies(tmp, decision.val_copies(audit), searched)
     with artifact.writing(gallery_out) as tmp:
         (tmp / "index.html").write_text(page(audit, sets, params, warnings))
     for sentence in warnings:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
+from pipeline.leaks import findings
 from pipeline.models import architectures, checkpoint, device, exits, inputs, network, prediction
 from pipeline.models.exits import ExitError
 from pipeline.report import corruptions
-from pipeline.report.evaluation import PREDICTED, Corruptions, Evaluation, Model, Role, Speed, Split, TrainingFacts, write
+from pipeline.report.evaluation import PREDICTED, Clean, Corruptions, Evaluation, Model, Role, Speed, Split, TrainingFacts, write
 from pipeline.report.measure import (
     calibrate,
     cheapest,
@@ -26,6 +27,7 @@ from pipeline.report.measure import (
     mean_cost,
     measure,
 )
+from pipeline.report.statistics import wilson
 from pipeline.store import artifact, manifest
 from pipeline.store.params import Made, Section
 
@@ -57,6 +59,7 @@ def run(
     train: Path,
     val: Path,
     holdout: Path,
+    leaks: Path,
     model: Path,
     out: Path,
     journal: stage.Journal,
@@ -65,8 +68,9 @@ def run(
     """Write `evaluation.json`, `confusion.csv`, the predictions on `val` and on `holdout`, and the model's learning history.
 
     Accuracies lie in 0..1, with Wilson's 95 % interval; `nll` is in nats; `ece` is the expected calibration error over 15 bins
-    of equal width. The network runs in float32 whatever `machine.precision`, but where it is timed. Raises CheckpointError if the
-    model's classes are not the training set's, ExitError if it has no such exit.
+    of equal width. `leaks`: the artifact of `dedup` that says which validation images have a copy. The network runs in float32
+    whatever `machine.precision`, but where it is timed. Raises CheckpointError if the model's classes are not the training
+    set's, ExitError if it has no such exit.
     """
     classes = manifest.read(train).classes
     on = device.pick(machine.model_copy(update={"precision": "float32"}))
@@ -104,6 +108,7 @@ def run(
         training=TrainingFacts(**made_from, **description.training),
         val=measured["val"],
         holdout=measured["holdout"],
+        clean=_clean(leaks, tables["val"], logits["val"]),
         calibration=calibrate(logits, labels, classes),
         dtype=on.precision,
     )
@@ -138,6 +143,19 @@ def run(
         }
         write(tmp, evaluation, predictions, named, history)
     return metrics
+
+
+def _clean(leaks: Path, val: manifest.Manifest, logits: Tensor) -> Clean | None:
+    copied = findings.val_with_a_copy(artifact.verify(leaks), ("pool", "train"))
+    if copied is None:
+        return None
+    clean = np.array([name not in copied for name in val.table["id"].to_pylist()], bool)
+    right = int((logits.argmax(1).numpy() == val.labels())[clean].sum())
+    n = int(clean.sum())
+    if not n:
+        return None
+    low, high = wilson(right, n)
+    return Clean(n=n, top1=right / n, top1_low=low, top1_high=high)
 
 
 def _predictions(labelled: manifest.Manifest, logits: Tensor) -> pa.Table:

@@ -18,24 +18,45 @@ from pipeline.report import corruptions, measure, statistics
 from pipeline.report.evaluation import Evaluation, read
 from pipeline.stages import evaluate, score
 from pipeline.store import artifact, manifest
-from tests.tiny import MACHINE, self_distilled, taught
+from tests.tiny import MACHINE, leaks_of, self_distilled, taught
 
 CLASSES = ("ant", "bee", "cat")
 
 
-def evaluated(data: Path, model: Path, out: Path, **params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def evaluated(
+    data: Path, model: Path, out: Path, leaks: Path | None = None, **params: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and evaluation.json."""
     metrics = evaluate.run(
         evaluate.Evaluate.model_validate({"role": "candidate", "model": "-", **params}),
         train=data / "train",
         val=data / "val",
         holdout=data / "holdout",
+        leaks=leaks or data / "leaks",
         model=model,
         out=out,
         journal=Journal(),
         machine=MACHINE,
     )
     return dict(metrics), json.loads((out / "evaluation.json").read_text())
+
+
+def test_clean_val_leaves_out_the_images_with_a_copy_that_was_learned_from(data: Path, tmp_path: Path) -> None:
+    model = taught(data, tmp_path / "model")
+    ids = manifest.read(data / "val").table["id"].to_pylist()
+    copies = [
+        (ids[0], "train", "t", "copy", True),
+        (ids[1], "pool", "p", "copy", True),
+        (ids[2], "pool", "q", "copy", False),  # it was taken out of the pool
+        (ids[3], "train", "u", "review", True),  # it may be none
+        (ids[4], "val", ids[5], "copy", True),  # nobody learned from it
+    ]
+    _, evaluation = evaluated(data, model, tmp_path / "out", leaks_of(tmp_path / "leaks", copies))
+    said = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
+    right = [row["label"] == row["predicted"] for row in said if row["id"] not in ids[:2]]
+    assert (evaluation["clean"]["n"], evaluation["clean"]["top1"]) == (7, pytest.approx(sum(right) / 7))
+    unknown = leaks_of(tmp_path / "unknown", [], searched="pool-val")  # the labelled images were not searched
+    assert "clean" not in evaluated(data, model, tmp_path / "other", unknown)[1]
 
 
 def test_evaluate_reports_what_the_predictions_say(data: Path, tmp_path: Path) -> None:
@@ -226,7 +247,14 @@ def test_records_say_the_dtype_and_evaluation_is_float32(data: Path, tmp_path: P
     assert about[b"precision"] == b"bfloat16"
 
     def measured(machine: Machine, out: Path) -> Evaluation:
-        paths = {"train": data / "train", "val": data / "val", "holdout": data / "holdout", "model": model, "out": out}
+        paths = {
+            "train": data / "train",
+            "val": data / "val",
+            "holdout": data / "holdout",
+            "leaks": data / "leaks",
+            "model": model,
+            "out": out,
+        }
         evaluate.run(evaluate.Evaluate(model="-", role="candidate"), **paths, journal=Journal(), machine=machine)
         return read(out)
 

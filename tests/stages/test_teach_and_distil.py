@@ -46,7 +46,13 @@ def test_a_student_at_a_low_temperature_is_read_at_it(data: Path, tmp_path: Path
     distilled(data, tmp_path / "student", teacher, loss=cold, alpha=0.5)
     assert checkpoint.describe(tmp_path / "student").temperature == 0.1
     during = json.loads((tmp_path / "student" / "history.json").read_text())["holdout"][-1]["nll"]
-    paths = {"train": data / "train", "val": data / "val", "holdout": data / "holdout", "model": tmp_path / "student"}
+    paths = {
+        "train": data / "train",
+        "val": data / "val",
+        "holdout": data / "holdout",
+        "leaks": data / "leaks",
+        "model": tmp_path / "student",
+    }
     evaluate.run(evaluate.Evaluate(model="-", role="candidate"), **paths, out=tmp_path / "e", journal=Journal(), machine=MACHINE)
     assert evaluation.read(tmp_path / "e").holdout.nll == pytest.approx(during, abs=1e-5)
     kept = taught(data, tmp_path / "kept", init_path=tmp_path / "student", model=None, training=None)
