@@ -1,22 +1,14 @@
 """Hand a model over to people without winnow: safetensors in timm's layout, ONNX, torch.export, a card and an example."""
 
-import html
 import io
 import json
 import logging
-import re
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
@@ -24,7 +16,9 @@ from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
 from pipeline.models import architectures, checkpoint, inputs, network
+from pipeline.report import handover
 from pipeline.report.evaluation import Evaluation, read, read_predictions
+from pipeline.report.handover import CARD, EXAMPLE, plain, template
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import FORMATS
 from pipeline.store.params import Made, Section
@@ -32,7 +26,7 @@ from pipeline.store.params import Made, Section
 BATCHES = (1, 3)  # whose logits are compared: any number of images must do
 TOLERANCE = 1e-3  # of the largest logit
 SAMPLE = 64  # validation images whose answers are compared
-ONNX, PROGRAM, EXAMPLE, CARD = "model.onnx", "model.pt2", "example.py", "README.md"
+ONNX, PROGRAM = "model.onnx", "model.pt2"
 
 
 class Export(Section):
@@ -90,7 +84,7 @@ def run(params: Export, *, model: Path, evaluation: Path, val: Path, out: Path, 
         written = {ONNX: _onnx(tmp / ONNX, whole, input_spec.size), PROGRAM: _program(tmp / PROGRAM, whole, input_spec.size)}
         gaps = {name: _gap(whole, input_spec.size, logits, name) for name, logits in written.items()}
         facts = {"description": description, "input_spec": input_spec, "formats": ("JPEG", *FORMATS)}
-        (tmp / EXAMPLE).write_text(_template(EXAMPLE).render(facts), encoding="utf-8")
+        (tmp / EXAMPLE).write_text(template(EXAMPLE).render(facts), encoding="utf-8")
         images = manifest.read(val)
         images = images.take(np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(int)))
         ties = _compare(images, evaluation, whole, written, tmp / EXAMPLE, input_spec, machine)
@@ -104,7 +98,7 @@ def run(params: Export, *, model: Path, evaluation: Path, val: Path, out: Path, 
             "compared": len(images),
             "ties": ties,
         }
-        (tmp / CARD).write_text(_template(CARD, plain).render(facts), encoding="utf-8")
+        (tmp / CARD).write_text(template(CARD, plain).render(facts), encoding="utf-8")
         size = (tmp / checkpoint.WEIGHTS).stat().st_size
     return {
         "parameters": facts["parameters"],
@@ -223,7 +217,7 @@ def _compare(
     logits = classifier(pixels)
     near = TOLERANCE * logits.abs().amax(1)
     answers = {name: other(pixels).argmax(1).tolist() for name, other in written.items()}
-    answers[EXAMPLE] = _answers(example, images)
+    answers[EXAMPLE] = handover.answers(example, images)
     ties = set()
     for name, given in answers.items():
         for row, (image, answer) in enumerate(zip(ids, given, strict=True)):
@@ -237,50 +231,6 @@ def _compare(
                 )
             ties.add(row)
     return len(ties)
-
-
-def _answers(example: Path, images: manifest.Manifest) -> list[int]:
-    """The class that `example` prints for each image. Raises UserError where it prints none."""
-    with tempfile.TemporaryDirectory() as folder:
-        for i, data in enumerate(manifest.image_bytes(images, range(len(images)))):
-            (Path(folder) / f"{i:06}").write_bytes(data)
-        command = [sys.executable, "-X", "utf8", str(example), folder]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8")
-        if done.returncode:
-            raise UserError(f"{EXAMPLE} fails, with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
-    lines = [line.rsplit("\t", 2) for line in done.stdout.splitlines()]
-    said = {Path(line[0]).name: line[1] for line in lines if len(line) == 3}
-    answers = [said.get(f"{i:06}") for i in range(len(images))]
-    if not set(answers) <= set(images.classes):
-        row = next(i for i, name in enumerate(answers) if name not in images.classes)
-        raise UserError(f"{EXAMPLE} has no answer for {images.table['id'][row]}: {done.stderr.strip()[-500:]}")
-    return [images.classes.index(str(name)) for name in answers]
-
-
-def plain(value: Any) -> Any:
-    """A text as Markdown that shows it as it is, on one line; whatever is no text, as it is."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return re.sub(r"[\\`*_\[\]|~$#]", r"\\\g<0>", html.escape(" ".join(value.split()), quote=False))
-
-
-def code(value: str) -> Markup:
-    """A text as a code span of Markdown, also in a table."""
-    text = " ".join(value.split())
-    return Markup(f"<code>{plain(text)}</code>" if "`" in text or "|" in text else f"`{text}`")
-
-
-def _template(name: str, shown: Callable[[Any], Any] | None = None) -> Template:
-    """The template of a file; `shown` is applied to each value in it, but for Markup."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,
-        finalize=shown,
-    )
-    environment.filters["code"] = code
-    return environment.get_template(f"export.{name}.jinja")
 
 
 if __name__ == "__main__":

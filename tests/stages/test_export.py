@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.errors import UserError
 from pipeline.models import checkpoint, inputs, network
 from pipeline.models.checkpoint import Description
-from pipeline.report import evaluation
+from pipeline.report import evaluation, handover
 from pipeline.stages import export
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import decode
@@ -249,7 +249,7 @@ def test_another_answer_than_the_evaluations_is_refused_unless_it_is_a_tie(
 def test_an_example_that_answers_otherwise_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
 ) -> None:
-    template = export._template
+    template = export.template
 
     class Changed:
         def __init__(self, *given: Any) -> None:
@@ -260,7 +260,7 @@ def test_an_example_that_answers_otherwise_is_refused(
             assert (right in text) == (self.given[0] == "example.py")
             return text.replace(right, wrong)
 
-    monkeypatch.setattr(export, "_template", lambda *given: Changed(*given))
+    monkeypatch.setattr(export, "template", lambda *given: Changed(*given))
     model = model_of(tmp_path / "model", "resnet8", {"width": 8})
     measured = evaluation_of(tmp_path / "evaluation", model)
     with pytest.raises(
@@ -281,8 +281,8 @@ def test_what_stands_on_the_card_is_no_markup(tmp_path: Path) -> None:
     assert "<script>" not in card
     assert "\n# &lt;script&gt;alert(1)&lt;/script&gt; \\| \\`a\\` \\*b\\* \\# c\n" in card
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "x: [y"
-    assert export.code("a_b") == "`a_b`"
-    assert export.code("a|`<b>") == "<code>a\\|\\`&lt;b&gt;</code>"
+    assert handover.code("a_b") == "`a_b`"
+    assert handover.code("a|`<b>") == "<code>a\\|\\`&lt;b&gt;</code>"
 
 
 def test_the_card_says_what_was_measured_and_how_the_model_came_about(tmp_path: Path) -> None:
