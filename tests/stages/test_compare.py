@@ -595,6 +595,13 @@ def test_agreement_is_that_with_the_row_of_the_teacher(four: Path) -> None:
     assert json.loads((without / "comparison.json").read_text())["entries"]["ssld"]["agreement"] is None
 
 
+def test_the_colour_is_in_the_column_of_the_differences(four: Path) -> None:
+    out, _ = run(four)
+    row = (out / "report.html").read_text().split('<th scope="row">ssld', 1)[1].split("</tr>", 1)[0]
+    cells = re.findall(r'<td( class="better")?>', row)
+    assert [c.title for c, cell in zip(COLUMNS, cells, strict=False) if cell] == ["vs baseline"]
+
+
 def test_compute_is_counted_of_the_training_and_of_a_prediction(four: Path) -> None:
     out, _ = run(four)
     header, _, first, *_ = (out / "table.md").read_text().splitlines()
