@@ -168,6 +168,7 @@ def test_a_kill_while_it_tidies_up_leaves_nothing_to_resume_from(house: Path) ->
     assert not list((house / ".scratch").glob("distil.x*/"))
 
 
+@pytest.mark.whole
 def test_a_stage_dies_with_the_dvc_that_started_it(house: Path) -> None:
     script = house / "dvc.sh"
     script.write_text(" ".join(command(house, do="sleep")) + "\n")  # a shell that waits, as DVC's does

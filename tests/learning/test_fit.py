@@ -67,6 +67,7 @@ def train(
     ],
     ids=["sgd", "adamw-ema", "plain-sgd-in-pieces", "lars"],
 )
+@pytest.mark.whole
 @pytest.mark.parametrize("die_at", [1, 13, 22])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, training: optimisers.Training, die_at: int) -> None:
     whole, history = train(tmp_path / "whole", training)

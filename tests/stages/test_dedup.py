@@ -299,6 +299,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_shard(tmp_path: Path, monkeyp
     assert bytes_of(tmp_path / "out") == whole
 
 
+@pytest.mark.whole
 def test_two_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     work = bench(tmp_path)
     monkeypatch.setattr(search, "SHARD", len(ORIGINALS) + 2)  # all of the reference in one: the processes have the real SHARD
