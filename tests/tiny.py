@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.leaks import findings
 from pipeline.sources.folder import Folder
 from pipeline.stages import distil, prepare, score, self_distil, teach
 from pipeline.store import artifact
+from pipeline.store.params import Section
 
 MACHINE = Machine(device="cpu", precision="float32", threads=1, workers=2)
 SMALL = {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 16}}
@@ -147,17 +148,33 @@ def taught(data: Path, out: Path, seed: int = 0, scratch: Path | None = None, in
 def distilled(
     data: Path, out: Path, teacher: Path, chosen: Path | None = None, init_path: Path = SCRATCH, **params: Any
 ) -> dict[str, Any]:
-    model = SMALL if init_path == SCRATCH else None
-    section = {"init": "-", "teacher": "-", "images": "-", "model": model, "training": TRAINING, **params}
+    return _student(distil.run, distil.Distil, data, out, teacher, chosen or data / "pool", init_path, params)
+
+
+def self_distilled(
+    data: Path, out: Path, teacher: Path = LABELS, chosen: Path | None = None, init_path: Path = SCRATCH, **params: Any
+) -> dict[str, Any]:
+    return _student(self_distil.run, self_distil.SelfDistil, data, out, teacher, chosen or data / "train", init_path, params)
+
+
+def _student(
+    run: Callable[..., Mapping[str, Any]],
+    section: type[Section],
+    data: Path,
+    out: Path,
+    teacher: Path,
+    chosen: Path,
+    init_path: Path,
+    params: dict[str, Any],
+) -> dict[str, Any]:
+    named = {"init": "-", "teacher": "-", "images": "-", "model": SMALL if init_path == SCRATCH else None}
+    paths = {"init": init_path, "teacher": teacher, "chosen": chosen, "out": out}
     return dict(
-        distil.run(
-            distil.Distil.model_validate(section),
+        run(
+            section.model_validate({**named, "training": TRAINING, **params}),
             train=data / "train",
             holdout=data / "holdout",
-            init=init_path,
-            teacher=teacher,
-            chosen=chosen or data / "pool",
-            out=out,
+            **paths,
             job=Job(0, out.parent / f"{out.name}-scratch", Journal(), MACHINE),
         )
     )
@@ -174,25 +191,6 @@ def scored(data: Path, teacher: Path, out: Path, m: int = 2) -> Path:
         machine=MACHINE,
     )
     return out
-
-
-def self_distilled(
-    data: Path, out: Path, teacher: Path = LABELS, chosen: Path | None = None, init_path: Path = SCRATCH, **params: Any
-) -> dict[str, Any]:
-    model = SMALL if init_path == SCRATCH else None
-    section = {"init": "-", "teacher": "-", "images": "-", "model": model, "training": TRAINING, **params}
-    return dict(
-        self_distil.run(
-            self_distil.SelfDistil.model_validate(section),
-            train=data / "train",
-            holdout=data / "holdout",
-            init=init_path,
-            teacher=teacher,
-            chosen=chosen or data / "train",
-            out=out,
-            job=Job(0, out.parent / f"{out.name}-scratch", Journal(), MACHINE),
-        )
-    )
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.report import evaluation
+from pipeline.report import evaluation, pairs
 from pipeline.report.evaluation import Evaluation
-from pipeline.report.statistics import Difference, paired_difference
+from pipeline.report.statistics import Difference
 from pipeline.store import artifact
 
 
@@ -67,7 +67,7 @@ def against(baseline: str, entries: list[Entry]) -> list[Entry]:
                 f"`evaluate.{e.name}` and `evaluate.{baseline}` were measured on different images. Run `dvc repro`, "
                 "which measures both on data/prepare/val and data/prepare/holdout."
             )
-    return [e if e is base else replace(e, difference=paired_difference(e.right, base.right)) for e in entries]
+    return [e if e is base else replace(e, difference=pairs.compare(e.right, base.right).difference) for e in entries]
 
 
 def with_agreement(entries: list[Entry]) -> list[Entry]:

@@ -22,19 +22,12 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def paired_difference(right: np.ndarray, base: np.ndarray) -> Difference:
-    """Accuracy of (N,) `right` minus that of (N,) `base`, both bool and of the same images.
-
-    The interval is Bonett and Price's adjusted Wald interval for paired proportions (2012). Only the images that one of
-    the two names right and the other wrong count, which makes it narrower than that of two independent samples.
-    """
-    n = len(right)
-    gained, lost = int((right & ~base).sum()), int((~right & base).sum())
-    return Difference((gained - lost) / n, *bonett_price(gained, lost, n, Z95))
-
-
 def bonett_price(gained: int, lost: int, n: int, z: float) -> tuple[float, float]:
-    """The adjusted Wald interval of a paired difference of proportions, at z standard errors (Bonett and Price 2012)."""
+    """The adjusted Wald interval of a paired difference of proportions, at z standard errors (Bonett and Price 2012).
+
+    Only the images that one of the two names right and the other wrong count, which makes it narrower than that of two
+    independent samples.
+    """
     p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     return max(p - q - half, -1.0), min(p - q + half, 1.0)

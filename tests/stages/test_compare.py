@@ -18,7 +18,6 @@ from pipeline.errors import UserError
 from pipeline.report import page, pairs
 from pipeline.report.choice import RULE
 from pipeline.report.plots import PAGE_COLOURS
-from pipeline.report.statistics import paired_difference
 from pipeline.report.table import COLUMNS
 from pipeline.stages import compare
 from pipeline.stages.compare import Compare
@@ -178,11 +177,11 @@ def test_paired_interval_is_that_of_a_bootstrap_over_images() -> None:
     right = np.where(rng.random(2_000) < 0.85, base, rng.random(2_000) < 0.8)
     drawn = rng.integers(0, 2_000, (4_000, 2_000))
     low, high = np.percentile(right[drawn].mean(1) - base[drawn].mean(1), [2.5, 97.5])
-    found = paired_difference(right, base)
+    found = pairs.compare(right, base).difference
     assert found.value == pytest.approx(right.mean() - base.mean())
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.0015)
     assert found.is_clear
-    back = paired_difference(base, right)
+    back = pairs.compare(base, right).difference
     assert back == pytest.approx((-found.value, -found.high, -found.low))
 
 
@@ -191,20 +190,20 @@ def test_paired_interval_covers_the_truth_on_few_images() -> None:
     covered = 0
     for _ in range(2_000):
         outcome = rng.choice(4, 60, p=[0.5, 0.15, 0.05, 0.3])  # both right, first only, second only, neither
-        found = paired_difference(outcome <= 1, (outcome == 0) | (outcome == 2))
+        found = pairs.compare(outcome <= 1, (outcome == 0) | (outcome == 2)).difference
         covered += found.low <= 0.10 <= found.high
     assert 0.94 <= covered / 2_000 <= 0.98
 
 
 def test_paired_interval_is_narrow_where_almost_every_image_tells() -> None:
-    found = paired_difference(np.ones(50, bool), np.arange(50) < 1)
+    found = pairs.compare(np.ones(50, bool), np.arange(50) < 1).difference
     assert found.value == 0.98
     assert 0.85 < found.low < 0.98 < found.high == 1
 
 
 def test_two_models_that_agree_everywhere_are_not_surely_equal() -> None:
     right = np.arange(50) % 3 > 0
-    found = paired_difference(right, right)
+    found = pairs.compare(right, right).difference
     assert found.value == 0
     assert found.low < 0 < found.high
     assert not found.is_clear
@@ -224,7 +223,7 @@ def test_table_holds_every_entry_in_order_with_its_figures(four: Path) -> None:
         if row["entry"] == "baseline":
             assert row["delta"] == ""
         else:
-            difference = paired_difference(right, base)
+            difference = pairs.compare(right, base).difference
             assert tuple(float(row[f"delta{end}"]) for end in ("", "_low", "_high")) == difference
     assert [row["unlabelled"] for row in rows] == ["0", "0", "2000", "0"]
     assert {row["note"] for row in rows} == {"", NOTE}
