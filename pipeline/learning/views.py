@@ -30,14 +30,17 @@ class View(Section):
     """The smallest and the largest share of the image's area that `crop` takes."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """The narrowest and the widest crop, width over height."""
-    flip: bool = True
-    """Mirror half of the views."""
+    flip: bool | Literal["alternating"] = True
+    """Mirror half of the views: by a coin each time, or `alternating`, each image in every other pass
+    (Jordan 2024, section 3.6)."""
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Scale it by 1 ± up to this much."""
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Scale it by 1 ± up to this much."""
     saturation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Scale it by 1 ± up to this much."""
+    cutout: NonNegativeInt = 0
+    """Side, in pixels, of a grey square around a random place (DeVries and Taylor 2017); 0: none."""
     randaugment: NonNegativeInt = 0
     """How many operations of RandAugment, one after the other, each drawn for each image (Cubuk et al. 2020); 0: none."""
     magnitude: Annotated[float, Field(ge=0, le=1)] = 0.3
@@ -78,6 +81,7 @@ class Draws:
         for part in (passes, rows):
             key = _mixed(key + _GOLDEN * (part.astype(np.uint64) + np.uint64(1)))
         self.key, self.drawn = key, 0
+        self.seed, self.passes, self.rows = seed, passes, rows
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
         """(B,) float32 in low..high on the CPU: the next draw of each image."""
@@ -89,10 +93,15 @@ class Draws:
         """(B,) int64 in low..high - 1 on the CPU: the next draw of each image."""
         return (self.uniform() * (high - low)).long().clamp_(max=high - low - 1) + low
 
+    def alternates(self) -> torch.Tensor:
+        """(B,) bool on the CPU: of each image another one in each pass than in the one before, by a coin in its first."""
+        first = Draws(self.seed, np.zeros_like(self.passes), self.rows).uniform() < 0.5
+        return first ^ torch.from_numpy(self.passes % 2 == 1)
+
     def of(self, part: slice) -> "Draws":
         """The draws to come of some of the images."""
         draws = copy.copy(self)
-        draws.key = self.key[part]
+        draws.key, draws.passes, draws.rows = self.key[part], self.passes[part], self.rows[part]
         return draws
 
     def beta(self, alpha: float) -> torch.Tensor:
@@ -133,7 +142,10 @@ def augment(batch: torch.Tensor, size: int, view: View, draws: Draws, aspects: t
     The view is made before any model sees it, so teacher and student get the same pixels.
     """
     n, device = len(batch), batch.device
-    flip = draws.uniform() < 0.5 if view.flip else torch.zeros(n, dtype=torch.bool)
+    if view.flip == "alternating":
+        flip = draws.alternates()
+    else:
+        flip = draws.uniform() < 0.5 if view.flip else torch.zeros(n, dtype=torch.bool)
     if view.kind == "crop":
         found = crops.boxes(draws, torch.ones(n) if aspects is None else aspects, view.scale, view.ratio)
         out = crops.resampled(batch, found, size, flip)
@@ -141,7 +153,8 @@ def augment(batch: torch.Tensor, size: int, view: View, draws: Draws, aspects: t
         out = _shifted(batch, size, view.pad if view.kind == "shift" else 0, flip.to(device), draws)
     if view.randaugment:
         out = _randaugment(out, view.randaugment, view.magnitude, draws)
-    return _colour(out, view, draws)
+    out = _colour(out, view, draws)
+    return _cut_out(out, view.cutout, draws) if view.cutout else out
 
 
 def mixed(views: torch.Tensor, mix: Mix, draws: Draws) -> torch.Tensor:
@@ -217,6 +230,14 @@ def _shifted(batch: torch.Tensor, size: int, pad: int, flip: torch.Tensor, draws
     lines = batch.permute(0, 2, 3, 1)  # N, H, W, C
     picked = lines[torch.arange(n, device=batch.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2)
+
+
+def _cut_out(batch: torch.Tensor, side: int, draws: Draws) -> torch.Tensor:
+    """A square of `side` pixels, or what of it lies inside, in the middle grey."""
+    height, width = batch.shape[2:]
+    at = [draws.integers(0, n)[:, None] - side // 2 for n in (height, width)]
+    y, x = ((torch.arange(n) >= a) & (torch.arange(n) < a + side) for n, a in zip((height, width), at, strict=True))
+    return batch.float().masked_fill((y[:, :, None] & x[:, None, :])[:, None].to(batch.device), 127.5)
 
 
 def _colour(batch: torch.Tensor, view: View, draws: Draws) -> torch.Tensor:

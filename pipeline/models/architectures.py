@@ -1,4 +1,4 @@
-"""Classifiers under one `create`: the small-image ResNets of the literature, and every model of timm."""
+"""Classifiers under one `create`: small-image networks of the literature, and every model of timm."""
 
 import difflib
 import math
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models import exits, precise
+from pipeline.models.airbench import Airbench
 from pipeline.models.inputs import Input
 
 SMALL = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
-ENSEMBLE = "ensemble"
+AIRBENCH, ENSEMBLE = "airbench", "ensemble"
 STEM_3X3 = re.compile(r"((?:sk)?resnet(?:18|34|50|101|152))_3x3")
 
 
@@ -27,7 +28,8 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
     """A classifier (B, 3, S, S) float -> (B, classes) logits; with 0 classes an encoder -> (B, F) pooled features.
 
     `arch`: resnet8/14/20/32/44/56/110 (He et al. 2016, section 4.2, for 32 px images; options `shortcut`, `width`,
-    `stem_stride`); resnet18_3x3, skresnet18_3x3, ... (timm's, with a 3x3 stem of stride 1 and no max-pooling); any name of timm.
+    `stem_stride`); airbench (Jordan 2024, for 32 px images; option `widths`); resnet18_3x3, skresnet18_3x3, ... (timm's, with a
+    3x3 stem of stride 1 and no max-pooling); any name of timm.
     Twice as wide is `width: 32` for the small ones, `channels: [128, 256, 512, 1024]` for timm's resnet* and skresnet*
     (selective kernels). The option `exits` gives a ResNet exits after its stages: `all` makes an `exits.Exits`, which returns
     more than logits; the number of an exit makes the classifier that ends there. With the option `head_layers` so many layers of
@@ -44,10 +46,12 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
     if head_layers := options.pop("head_layers", 0):
         return HeadedClassifier(create(arch, 0, options, pretrained), head_layers, classes)
     try:
+        if pretrained and (arch in SMALL or arch == AIRBENCH):
+            raise ModelError(f"`{arch}` has no published weights by name: give the file as `checkpoint`.")
         if arch in SMALL:
-            if pretrained:
-                raise ModelError(f"`{arch}` has no published weights by name: give the file as `checkpoint`.")
             return SmallResNet(SMALL[arch], classes, **options)
+        if arch == AIRBENCH:
+            return Airbench(classes, **options)
         return _timm(arch, classes, options, pretrained)
     except TypeError as error:
         raise ModelError(f"`{arch}` does not take these options: {options} ({error}).") from error
@@ -59,7 +63,7 @@ def _timm(arch: str, classes: int, options: dict[str, Any], pretrained: bool) ->
     small_stem = STEM_3X3.fullmatch(arch)
     name = small_stem[1] if small_stem else arch
     if not timm.is_model(name):
-        known = [*SMALL, *timm.list_models()]
+        known = [*SMALL, AIRBENCH, *timm.list_models()]
         close = difflib.get_close_matches(arch, known, n=3)
         raise ModelError(f"there is no architecture `{arch}`" + (f"; close: {', '.join(close)}." if close else "."))
     try:
@@ -82,7 +86,7 @@ def heads(model: nn.Module) -> tuple[str, ...]:
     if isinstance(model, exits.Exits | exits.Cut):
         own = (f"trunk.{name}" for name in heads(model.trunk)) if isinstance(model, exits.Exits) else ()
         return (*own, *(f"branches.{number}.linear." for number in model.branches))
-    if isinstance(model, SmallResNet | HeadedClassifier):
+    if isinstance(model, SmallResNet | Airbench | HeadedClassifier):
         return ("linear.",)
     named = getattr(model, "default_cfg", {}).get("classifier", "fc")
     return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named or ()))  # two of a distilled DeiT

@@ -43,8 +43,8 @@ class Exits(nn.Module):
     def __init__(self, trunk: nn.Module, classes: int) -> None:
         super().__init__()
         self.trunk = trunk
-        shapes = _shapes(trunk)
-        self.branches = nn.ModuleDict({str(i): Branch(shapes[i - 1 :], classes) for i in range(1, len(shapes))})
+        shapes, pools = _shapes(trunk), _pools(trunk)
+        self.branches = nn.ModuleDict({str(i): Branch(shapes[i - 1 :], classes, pools) for i in range(1, len(shapes))})
 
     def __len__(self) -> int:
         return len(self.branches) + 1
@@ -84,7 +84,7 @@ class Cut(nn.Module):
         for name in names[names.index(f"layer{number}") + 1 :]:
             delattr(trunk, name)
         self.trunk = trunk
-        self.branches = nn.ModuleDict({str(number): Branch(shapes[number - 1 :], classes)})
+        self.branches = nn.ModuleDict({str(number): Branch(shapes[number - 1 :], classes, _pools(trunk))})
 
     def forward(self, x: Tensor) -> Tensor:
         x = _stem(self.trunk, x)
@@ -156,11 +156,13 @@ def leaving(logits: Tensor, threshold: float) -> Tensor:
 
 
 class Branch(nn.Module):
-    """An exit: `shapes` are those of its stage and of all after it."""
+    """An exit: `shapes` are those of its stage and of all after it; `pools`: whether these halve sides by pooling."""
 
-    def __init__(self, shapes: Sequence[Shape], classes: int) -> None:
+    def __init__(self, shapes: Sequence[Shape], classes: int, pools: bool = False) -> None:
         super().__init__()
-        self.bottlenecks = nn.Sequential(*(bottleneck(a.channels, b.channels, a.side // b.side) for a, b in pairwise(shapes)))
+        self.bottlenecks = nn.Sequential(
+            *(bottleneck(a.channels, b.channels, a.side // b.side, pools) for a, b in pairwise(shapes))
+        )
         self.linear = precise.Float32Linear(shapes[-1].channels, classes)
 
     def classify(self, features: Tensor) -> Tensor:
@@ -169,18 +171,23 @@ class Branch(nn.Module):
         return logits
 
 
-def bottleneck(channels: int, out: int, stride: int) -> nn.Sequential:
-    """1x1 to a quarter of `out`, 3x3 with the stride, 1x1 to `out`; each followed by BN and ReLU."""
+def bottleneck(channels: int, out: int, stride: int, pools: bool = False) -> nn.Sequential:
+    """1x1 to a quarter of `out`, 3x3 with the stride, 1x1 to `out`; each followed by BN and ReLU.
+
+    `pools`: the maximum of `stride` x `stride` places instead of the stride: of odd sides one rounds the half down, one up.
+    """
     middle = max(1, out // 4)
     convolutions = (
         nn.Conv2d(channels, middle, 1, bias=False),
-        nn.Conv2d(middle, middle, 3, stride, 1, bias=False),
+        nn.Conv2d(middle, middle, 3, 1 if pools else stride, 1, bias=False),
         nn.Conv2d(middle, out, 1, bias=False),
     )
     layers: list[nn.Module] = []
     for convolution in convolutions:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         layers += [convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()]
+    if pools and stride > 1:
+        layers.insert(4, nn.MaxPool2d(stride))
     return nn.Sequential(*layers)
 
 
@@ -224,6 +231,10 @@ def _stem(trunk: nn.Module, x: Tensor) -> Tensor:
 
 def _stages(trunk: nn.Module) -> list[nn.Module]:
     return [child for name, child in trunk.named_children() if name.startswith("layer")]
+
+
+def _pools(trunk: nn.Module) -> bool:
+    return bool(getattr(trunk, "halves_by_pooling", False))
 
 
 def _shapes(trunk: nn.Module) -> list[Shape]:

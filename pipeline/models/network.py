@@ -4,15 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.models import architectures, checkpoint, exits, inputs
+from pipeline.models import airbench, architectures, checkpoint, exits, inputs
 from pipeline.models.checkpoint import CheckpointError, Description
 from pipeline.store.params import Section
 
 SCRATCH = "scratch"
+WHITENED = 5000  # images
 
 
 class Network(Section):
@@ -23,11 +25,12 @@ class Network(Section):
     """
 
     arch: str
-    """`resnet8`, 14, 20, 32, 44, 56 or 110 (for 32 px), `resnet18_3x3` and the like, or any name of timm."""
+    """`airbench`, `resnet8`, 14, 20, 32, 44, 56 or 110 (for 32 px), `resnet18_3x3` and the like, or any name of timm."""
     input: inputs.Wanted
     """What it takes."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """What the architecture takes: the small ResNets `width`, `shortcut` (A or B) and `stem_stride`, others timm's options."""
+    """What the architecture takes: `airbench` `widths`, the small ResNets `width`, `shortcut` (A or B) and `stem_stride`, others
+    timm's options."""
     pretrained: Literal["timm", "torchvision"] | None = None
     """Start from the weights that timm or torchvision publish for `arch`, with their mean, std and crop (see `input`)."""
     source_classes: Literal["train"] | tuple[str, ...] | None = None
@@ -100,6 +103,28 @@ def start_exits(network: Network | None, init: Path, classes: tuple[str, ...], s
         if exits.are_all(before.options):
             _take_over(model, checkpoint.weights(init), str(init), _same(before, classes), classes)
     return model, replace(description, options={**description.options, exits.OPTION: "all"})
+
+
+def whiten(model: nn.Module, pixels: inputs.Pixels, input_spec: inputs.Input, seed: int) -> None:
+    """Give the layers of a new network that whiten patches (`airbench`) the statistics of up to `WHITENED` of the images.
+
+    A network that has seen images keeps what it has, and one without such layers is left alone.
+    """
+    layers = airbench.unwhitened(model)
+    if not layers:
+        return
+    rows = np.sort(np.random.default_rng(seed).permutation(len(pixels))[:WHITENED])
+
+    def statistics(part: np.ndarray) -> airbench.PatchStatistics:
+        canvases = pixels.gather(part)
+        if canvases.shape[-1] == input_spec.side:
+            canvases = inputs.centre(canvases, input_spec.size)
+        return airbench.patch_statistics(inputs.normalise(canvases, input_spec))
+
+    parts = [statistics(part) for part in np.array_split(rows, -(-len(rows) // 256))]
+    whole = airbench.PatchStatistics(torch.stack([part.products for part in parts]).sum(0), sum(part.patches for part in parts))
+    for layer in layers:
+        layer.whiten(whole)
 
 
 def load(folder: Path, classes: tuple[str, ...], exit: int | None = None) -> tuple[nn.Module, Description, inputs.Input]:

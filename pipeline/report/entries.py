@@ -72,7 +72,7 @@ def against(baseline: str, entries: list[Entry]) -> list[Entry]:
 
 def with_agreement(entries: list[Entry]) -> list[Entry]:
     """The entries with the share of images on which they agree with their teacher, where one of them is the whole teacher."""
-    teachers = {e.origin: e for e in reversed(entries) if e.evaluation.model.exit is None}
+    teachers = {e.origin: e for e in reversed(entries) if e.evaluation.model.exit is None and not e.evaluation.model.mirror}
     with_teachers = []
     for e in entries:
         teacher = teachers.get(e.evaluation.training.teacher or "")

@@ -31,13 +31,15 @@ def not_a_baseline(name: str, roles: Mapping[str, str | None]) -> str:
 
 
 class Model(BaseModel):
-    """`macs`: multiply-accumulates of a prediction. `exit`: which part of a network with several exits answers."""
+    """`macs`: multiply-accumulates of a prediction. `exit`: which part of a network with several exits answers. `mirror`: whether
+    an answer is the mean over an image and its mirror image."""
 
     arch: str
     parameters: int
     macs: int | None
     input: int
     exit: int | str | None = None
+    mirror: bool = False
 
 
 class TrainingFacts(BaseModel):

@@ -106,6 +106,7 @@ def run(
 
     view = params.view or taught_by.view
     pixels = inputs.load(seen, taught_by.canvas(input_spec, view.whole), job.machine, "images", view.whole)
+    network.whiten(student, pixels, input_spec, job.seed)
     viewer = taught_by.viewer(max(input_spec.size, taught_by.size), view, job.seed, inputs.aspects(seen), params.mix)
     measured_on = inputs.load(held_out, input_spec.side, job.machine, "holdout")
     check = prediction.checker(measured_on, held_out.labels(), input_spec, on, temperature)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from pipeline.harness import stage
@@ -47,10 +47,19 @@ class Evaluate(Section):
     size: PositiveInt | None = None
     """Measure at another input size, in pixels, with the same crop (Touvron et al. 2019, "FixRes": networks
     trained on crops see larger objects than they meet when tested)."""
+    mirror: bool = False
+    """Answer with the mean logits of an image and its mirror image, at twice the compute (Jordan 2024, section 3.5). A table of
+    exits shows each of them without."""
     corruptions: bool = False
     """Measure on worse images too."""
     timing: bool = False
     """Measure the images per second of this machine too, which makes the evaluation another one each time it is done."""
+
+    @model_validator(mode="after")
+    def _mirrors_have_one_cost(self) -> "Evaluate":
+        if self.mirror and self.exit == "early":
+            raise ValueError("`mirror` asks for both images to the same depth, which `exit: early` does not give: leave one out")
+        return self
 
 
 def run(
@@ -93,6 +102,8 @@ def run(
     elif whole and params.exit == "early":
         threshold = cheapest(stacked["holdout"], labels["holdout"], costs)
         classifier, macs = exits.Early(whole, threshold), mean_cost(exits.leaving(stacked["val"], threshold), costs)
+    if params.mirror:
+        classifier = prediction.Mirrored(classifier)
     on.place(classifier)
     logits = {name: logits_of(classifier, p, input_spec, on) for name, p in pixels.items()}
     measured = {name: measure(logits[name], labels[name], classes) for name in tables}
@@ -104,7 +115,9 @@ def run(
     made_from["macs_all"] = sum(run.get("macs", 0) for run in (origin, *origin["lineage"].values())) if origin else None
     evaluation = Evaluation(
         role=params.role,
-        model=Model(arch=description.arch, parameters=parameters, macs=macs, input=input_spec.size, exit=params.exit),
+        model=Model(
+            arch=description.arch, parameters=parameters, macs=macs, input=input_spec.size, exit=params.exit, mirror=params.mirror
+        ),
         training=TrainingFacts(**made_from, **description.training),
         val=measured["val"],
         holdout=measured["holdout"],

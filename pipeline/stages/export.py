@@ -111,7 +111,7 @@ def run(params: Export, *, model: Path, evaluation: Path, val: Path, out: Path, 
 
 
 def _measured(folder: Path, model: Path, exit: int | None, size: int) -> Evaluation:
-    """The evaluation that the card quotes. Raises UserError if it is of another model, exit or input size."""
+    """The evaluation that the card quotes. Raises UserError if it is of another model, exit, input size or of mirror images."""
     evaluation = read(artifact.verify(folder))
     of = artifact.record(folder)["inputs"]["model"]
     if of["identity"] != artifact.identity(model):
@@ -121,6 +121,11 @@ def _measured(folder: Path, model: Path, exit: int | None, size: int) -> Evaluat
         raise UserError(
             f"{folder} measured exit {measured.exit} at {measured.input} pixels, and this exports exit {exit} at {size}: "
             "name an entry of `evaluate` that measures the same."
+        )
+    if measured.mirror:
+        raise UserError(
+            f"{folder} measured means over mirror images, and exported files answer about an image as it is: name an entry of "
+            "`evaluate` without `mirror`."
         )
     return evaluation
 

@@ -75,6 +75,7 @@ def run(params: Pretrain, *, train: Path, holdout: Path, chosen: Path, out: Path
         on,
     )
     pixels = inputs.load(seen, input_spec.canvas_of(True), job.machine, "images", whole=True)
+    network.whiten(model, pixels, input_spec, job.seed)
     viewer = two_views(input_spec.size, params.two_views, job.seed, inputs.aspects(seen))
     trained = fit.fit(model, contrast, pixels, viewer, params.training, check, job=job, device=on, label="pre-training")
     assert isinstance(trained.model, Contrastive)

@@ -109,6 +109,7 @@ def run(
         return objective(exited, target(batch), params.alpha, params.lambda_, params.temperature)
 
     pixels = inputs.load(seen, side, job.machine, "images", view.whole)
+    network.whiten(student, pixels, input_spec, job.seed)
     measured_on = inputs.load(held_out, input_spec.side, job.machine, "holdout")
     check = checker(measured_on, held_out.labels(), input_spec, on, temperature)
     trained = fit.fit(student, loss, pixels, viewer, params.training, check, job=job, device=on, label="self-distilling")

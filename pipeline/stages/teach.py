@@ -72,6 +72,7 @@ def run(params: Teach, *, train: Path, holdout: Path, init: Path, out: Path, job
         whole = params.view.whole
         pixels = inputs.load(labelled, input_spec.canvas_of(whole), job.machine, "train", whole)
         viewer = views.viewer(input_spec.size, params.view, job.seed, inputs.aspects(labelled))
+        network.whiten(model, pixels, input_spec, job.seed)
         trained = fit.fit(model, cross_entropy, pixels, viewer, params.training, check, job=job, device=on, label="training")
     with artifact.writing(out) as tmp:
         if params.labels is not None:

@@ -298,3 +298,20 @@ def test_parameters_learn_at_their_own_rates() -> None:
     assert all(multiples[id(p)] == expected[name.split(".")[0]] for name, p in model.named_parameters())
     with pytest.raises(optimisers.TrainingError, match=r"names stage, with which no parameter.*conv1, layer1"):
         optimisers.build_optimizer(model, optimisers.Training(steps=1, rates={"stage": 0.5}))
+
+
+def test_a_linear_schedule_is_a_triangle() -> None:
+    training = optimisers.Training(steps=100, lr=2.0, warmup=0.2, schedule="linear")
+    rates = [training.rate(step) for step in range(100)]
+    assert rates[19] == rates[20] == 2.0
+    assert rates[60] == pytest.approx(1.0)
+    assert np.allclose(np.diff(rates[20:]), -2.0 / 80)
+
+
+def test_shifts_of_normalisation_learn_at_a_rate_of_their_own() -> None:
+    model = architectures.create("resnet8", 3, {"width": 4})
+    optimizer = optimisers.build_optimizer(model, optimisers.Training(steps=1, rates={"layer1": 0.5}, bias_rate=8))
+    multiples = {id(p): group["multiple"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: multiples[id(p)] for name, p in model.named_parameters()}
+    assert (found["bn1.bias"], found["layer1.0.bn1.bias"]) == (8, 4)
+    assert (found["bn1.weight"], found["linear.bias"], found["layer1.0.conv1.weight"]) == (1, 1, 0.5)

@@ -170,3 +170,26 @@ def test_beta_draws_have_its_moments() -> None:
     share = draw(4000).beta(0.4).double()
     assert share.mean() == pytest.approx(0.5, abs=0.02)
     assert share.var() == pytest.approx(1 / (4 * (2 * 0.4 + 1)), abs=0.01)
+
+
+def test_alternating_flips_show_each_image_both_ways_in_any_two_passes() -> None:
+    pictures, view = batch(64), View(kind="none", flip="alternating")
+    first, second, third = (augment(pictures, 12, view, draw(64, first_pass=n)) for n in range(3))
+    assert torch.equal(first, tv.horizontal_flip(second))
+    assert torch.equal(first, third)
+    straight = sum(torch.equal(a, b) for a, b in zip(pictures, first, strict=True))
+    assert 16 < straight < 48
+    part = draw(64).of(slice(1, None, 2))
+    assert torch.equal(part.alternates(), draw(64).alternates()[1::2])
+
+
+def test_cutout_greys_a_square_around_any_place() -> None:
+    pictures = torch.zeros(400, 3, 12, 12, dtype=torch.uint8)
+    views = augment(pictures, 12, View(kind="none", flip=False, cutout=4), draw(400))
+    assert set(views.unique().tolist()) == {0.0, 127.5}
+    assert torch.equal(views[:, 0], views[:, 1])
+    rows, columns = (views[:, 0] > 0).any(2).sum(1), (views[:, 0] > 0).any(1).sum(1)
+    assert torch.equal((views[:, 0] > 0).sum((1, 2)), rows * columns)
+    assert rows.min() == 2  # the place is a pixel of the image; the square may reach over its edge
+    assert rows.max() == 4
+    assert ((views[:, 0] > 0).any(0)).all()

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
-from pipeline.models import architectures, exits, network
+from pipeline.models import architectures, exits, inputs, network
 from pipeline.models.exits import ExitError
 from pipeline.report import corruptions, measure, statistics
 from pipeline.report.evaluation import Evaluation, read
@@ -261,3 +261,21 @@ def test_records_say_the_dtype_and_evaluation_is_float32(data: Path, tmp_path: P
     half, single = measured(half_precision, tmp_path / "a"), measured(MACHINE, tmp_path / "b")
     assert half == single
     assert half.dtype == "float32"
+
+
+def test_mirror_answers_with_the_mean_over_both_images(data: Path, tmp_path: Path) -> None:
+    model = taught(data, tmp_path / "model")
+    _, plain = evaluated(data, model, tmp_path / "plain")
+    _, both = evaluated(data, model, tmp_path / "both", mirror=True)
+    assert (plain["model"]["mirror"], both["model"]["mirror"]) == (False, True)
+    assert both["model"]["macs"] == 2 * plain["model"]["macs"]
+    assert both["model"]["parameters"] == plain["model"]["parameters"]
+    classifier, _, input_spec = network.load(model, CLASSES)
+    images = manifest.read(data / "val")
+    x = inputs.normalise(inputs.load(images, input_spec.side, MACHINE, "val").gather(np.arange(len(images))), input_spec)
+    with torch.no_grad():
+        logits = (classifier.eval()(x) + classifier(x.flip(3))) / 2
+    said = pq.read_table(tmp_path / "both" / "predictions.parquet")
+    assert np.allclose(said["confidence"].to_numpy(), logits.softmax(1).max(1).values.numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match="early"):
+        evaluate.Evaluate.model_validate({"role": "candidate", "model": "-", "mirror": True, "exit": "early"})

@@ -10,12 +10,13 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.errors import UserError
+from pipeline.learning.loop import group
 from pipeline.models import architectures
 from pipeline.store.params import Section
 
 
 class Training(Section):
-    """How long and how fast to learn: linear warm-up over a share of the steps, then cosine to zero."""
+    """How long and how fast to learn: linear warm-up over a share of the steps, then down to zero."""
 
     steps: NonNegativeInt
     """How many batches to learn from. 0 keeps a model as it comes, which only `teach` can do."""
@@ -38,6 +39,8 @@ class Training(Section):
     are left alone."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """The share of the steps over which the rate rises to its peak."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls from its peak to zero; `linear` with a warm-up is a triangle."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the weights, which then is the result; 0: off. After t steps it is at most (1 + t) / (10 + t),
     so that a short training forgets its start."""
@@ -50,6 +53,8 @@ class Training(Section):
     rates: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Multiples of the learning rate by the beginning of parameter names (`{conv1: 0.1, layer1: 0.2}`), the longest that fits:
     for transfer."""
+    bias_rate: PositiveFloat = 1.0
+    """A multiple of the learning rate for the shifts of batch normalisation, on top of `rates` (Page 2019: 64)."""
     frozen: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Layers that stay as they are, by the beginning of parameter names (`[conv1, bn1, layer]`): no gradient, no decay, and their
     normalisation keeps its statistics. Compute is counted as if they learned."""
@@ -60,7 +65,8 @@ class Training(Section):
         warm = round(self.warmup * self.steps)
         if step < warm:
             return peak * (step + 1) / warm
-        return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        done = (step - warm) / max(1, self.steps - warm)
+        return peak * (1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _expect_steps(training: Training) -> Training:
@@ -81,18 +87,20 @@ def build_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimiz
     """The optimiser of the parameters that learn. Raises TrainingError for a beginning in `rates` that no parameter has."""
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     unused, undecayed, classifier = set(training.rates), _undecayed(model), architectures.heads(model)
+    shifts = {f"{name}.bias" for name, module in model.named_modules() if isinstance(module, group.BatchNorm)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             fitting = [start for start in training.rates if name.startswith(start)]
             unused.difference_update(fitting)
             multiple = training.rates[max(fitting, key=len)] if fitting else 1.0
+            multiple *= training.bias_rate if name in shifts else 1.0
             decays = parameter.ndim > 1 and name not in undecayed
             adapts = training.optimizer == "lars" and decays and not name.startswith(classifier)
             groups.setdefault((decays, adapts, multiple), []).append(parameter)
     _refuse_unused("rates", unused, model)
     parts: list[dict[str, Any]] = [
-        {"params": group, "weight_decay": training.weight_decay if decays else 0.0, "adapts": adapts, "multiple": multiple}
-        for (decays, adapts, multiple), group in groups.items()
+        {"params": members, "weight_decay": training.weight_decay if decays else 0.0, "adapts": adapts, "multiple": multiple}
+        for (decays, adapts, multiple), members in groups.items()
     ]
     if training.optimizer == "sgd":
         nesterov = training.nesterov and training.momentum > 0
@@ -139,24 +147,24 @@ def _undecayed(model: nn.Module) -> set[str]:
 class Lars(torch.optim.SGD):
     """Momentum on gradients of the size of their weights: trust (g + decay w) with trust = 0.001 |w| / (|g| + decay |w|).
 
-    You et al. 2017, algorithm 1, for the groups that say so by `adapts`; the others keep their gradients. Where a norm is 0,
-    trust is 1, as in SimCLR's code.
+    You et al. 2017, algorithm 1, but for the rate, which stands outside of the momentum; for the groups that say so by `adapts`;
+    the others keep their gradients. Where a norm is 0, trust is 1, as in SimCLR's code.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        decays = [group["weight_decay"] for group in self.param_groups]
-        for group, decay in zip(self.param_groups, decays, strict=True):
-            if group["adapts"]:
-                for w in group["params"]:
+        decays = [part["weight_decay"] for part in self.param_groups]
+        for part, decay in zip(self.param_groups, decays, strict=True):
+            if part["adapts"]:
+                for w in part["params"]:
                     if w.grad is not None:
                         w_norm, g_norm = w.norm(), w.grad.norm()
                         trust = 0.001 * w_norm / (g_norm + decay * w_norm)
                         w.grad.add_(w, alpha=decay).mul_(torch.where((w_norm > 0) & (g_norm > 0), trust, 1.0))
-                group["weight_decay"] = 0.0  # it is in the gradient
+                part["weight_decay"] = 0.0  # it is in the gradient
         super().step(closure)
-        for group, decay in zip(self.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
+        for part, decay in zip(self.param_groups, decays, strict=True):
+            part["weight_decay"] = decay
 
 
 def warmed_up(ema: float) -> Callable[[Any, Any, Any], None]:
