@@ -40,9 +40,9 @@ def clone(folder: Path, steps: int | None) -> Path:
             params[section] = dict(list(params[section].items())[:keep])
         params["distil"] = {"ssld": params["distil"]["ssld"]}
         params["evaluate"] = {
-            "teacher": {"model": "teach/teacher"},
-            "baseline": {"model": "teach/baseline"},
-            "ssld": {"model": "distil/ssld"},
+            "teacher": {"role": "teacher", "model": "teach/teacher"},
+            "baseline": {"role": "baseline", "model": "teach/baseline"},
+            "ssld": {"role": "candidate", "model": "distil/ssld"},
         }
         for training in params["trainings"].values():
             training["steps"] = steps

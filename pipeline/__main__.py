@@ -1,6 +1,6 @@
 """What can be said of params.yaml without running a stage.
 
-python -m pipeline check [--params FILE]     every mistake at once; exit status 2 if there is one
+python -m pipeline check [--params FILE]     the mistakes in keys, values and names, all at once; exit status 2 if there is one
 python -m pipeline schema                    write params.schema.json, by which editors complete and check
 python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
 """
@@ -28,7 +28,7 @@ from pipeline.store.params import NEEDED, SHELVES, SINGLE, STAGES, Names, Params
 
 KEY = r"[A-Za-z0-9_-]+"
 SCHEMA, REFERENCE = Path("params.schema.json"), Path("docs", "params.md")
-SEED = "Every random choice of a run derives from it."
+SEED = "The random choices of training, labelling and selection derive from it; `prepare` and `draw` have seeds of their own."
 
 
 def main() -> None:
@@ -117,12 +117,14 @@ def _aliases(file: Path) -> Iterator[str]:
 
 
 def _references(tree: Mapping[str, Any], section: type[Section], key: str, value: Any) -> Iterator[str]:
-    """A complaint about each key that names what is not there and what no stage makes."""
+    """A complaint about each key that names what is not there and what no stage makes, or what is of another kind."""
     for name, field in section.model_fields.items():
         marks = [mark for mark in field.metadata if isinstance(mark, Names)]
         named = value.get(name) if isinstance(value, dict) else None
         if marks and isinstance(named, str) and (why := _made(tree, "/".join(filter(None, (marks[0].section, named))))):
             yield f"`{key}.{name}` is {named!r}: {why}. Correct it."
+        elif marks and isinstance(named, str) and (stage := named.partition("/")[0]) in set(STAGES) - set(marks[0].of or STAGES):
+            yield f"`{key}.{name}` is {named!r}, but `{stage}` makes no {marks[0].what}: {', '.join(marks[0].of)} do."
 
 
 def _made(tree: Mapping[str, Any], path: str) -> str:
@@ -189,8 +191,9 @@ Entries name what they share, which stands in `models`, `views` and `trainings`.
 `dvc exp run -S models.student.options.width=8` changes it for all of them. Below a YAML alias that change would be lost without
 a word, so aliases are refused.
 
-`python -m pipeline check` finds every mistake at once. `make run` and the flow check before they begin; `dvc repro` alone removes
-the old output of a stage before it says that its `teacher` is not there.
+`python -m pipeline check` finds, all at once, the mistakes that can be seen without data: keys, values, types, names. `make run`
+and the flow check before they begin; `dvc repro` alone removes the old output of a stage before it says that its `teacher` is not
+there.
 
 `seed`, an integer of at least 0: {SEED[0].lower()}{SEED[1:]}
 """

@@ -230,3 +230,21 @@ def test_the_command_ends_with_2_and_starts_neither_dvc_nor_prefect_nor_mlflow(h
     assert (done.returncode, done.stdout) == (2, "[]\n")
     assert done.stderr.startswith("error: bad.yaml is not valid YAML")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "entry", "key", "named", "what"),
+    [
+        ("distil", "ssld", "teacher", "select/top", "`select` makes no models or cached labels"),
+        ("distil", "ssld", "images", "score/teacher", "`score` makes no images"),
+        ("distil", "finetune", "init", "dedup/train", "`dedup` makes no models"),
+        ("select", "top", "scores", "teach/teacher", "`teach` makes no scores"),
+        ("evaluate", "ssld", "model", "select/top", "`select` makes no models"),
+    ],
+)
+def test_a_reference_of_another_kind_is_named(house: Path, section: str, entry: str, key: str, named: str, what: str) -> None:
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text())
+    tree[section][entry][key] = named
+    (house / "params.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ParamsError, match=f"`{section}.{entry}.{key}` is '{named}', but {what}: .* do[.]"):
+        command.check(house / "params.yaml")

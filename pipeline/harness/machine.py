@@ -1,4 +1,4 @@
-"""How a stage runs on this machine: the section `machine`, which never changes what is computed."""
+"""How a stage runs on this machine: the section `machine`, for which nothing is made again."""
 
 import os
 from typing import Literal
@@ -10,7 +10,7 @@ from pipeline.store.params import Section
 
 
 class Machine(Section):
-    """How to run, never what to compute: no stage is stale because this section changed."""
+    """How to run: no stage is stale because this section changed, though `precision` and `processes` change digits."""
 
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: cuda where there is one."""
@@ -22,7 +22,8 @@ class Machine(Section):
     workers: NonNegativeInt = 0
     """Threads that decode, or processes that do shards; 0: one per usable core."""
     memory_gb: PositiveFloat = 4.0
-    """Decoded images up to this size stay in memory (of each process), in gigabytes; larger sets are decoded batch by batch."""
+    """Decoded images up to this size stay in memory (of each process), in gigabytes; larger sets are decoded batch by batch.
+    `select` sorts within it, too."""
     checkpoint_minutes: PositiveFloat = 5.0
     """How much work a killed training may lose, in minutes."""
     processes: PositiveInt = 1
@@ -30,7 +31,7 @@ class Machine(Section):
     compile: bool = False
     """Translate the networks with torch.compile: worth its start-up time on a GPU and in long runs."""
     executor: str = Field(default="local", pattern=r"^(local|dask://[^/:]+:\d+)$")
-    """Who does the shards of `dedup`, `score`, `label` and `pack`: `local`, this machine, or `dask://HOST:PORT`, the workers of
+    """Who does the shards of `search`, `score`, `label` and `pack`: `local`, this machine, or `dask://HOST:PORT`, the workers of
     a cluster that sees the same folder (docs/operations.md)."""
 
     def cores(self, wanted: int) -> int:

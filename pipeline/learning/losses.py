@@ -15,8 +15,8 @@ class SoftLoss(Section):
     """Which divergence pulls the student's q = softmax(s/T) to the teacher's p = softmax(t/T).
 
     Summed over classes, averaged over the batch, multiplied by `weight` and by T^2, which keeps the size of the gradient
-    independent of T (Hinton et al. 2015, section 2). SimCLRv2's equation has no T^2; under LARS, which it uses, no such factor
-    matters. Nor is `dist` multiplied by it.
+    roughly independent of T (Hinton et al. 2015, section 2). SimCLRv2's equation has no T^2; LARS, which it uses, takes such a
+    factor out of the tensors that it adapts, but for the decay. Nor is `dist` multiplied by it.
     """
 
     name: Literal["sym_kl", "js", "kl", "soft_ce", "dist"] = "sym_kl"

@@ -71,8 +71,9 @@ class Mix(Section):
 class Draws:
     """Random numbers of images, each a function of (seed, pass, row, how many were drawn before) alone.
 
-    The view of an image therefore does not depend on the batch, the process or the library version it is made in, and can be
-    made again. A library's generators give streams, not values by key; the mixing is SplitMix64's (Steele et al. 2014).
+    The view of an image therefore does not depend on the batch, the process or (but for mixing and RandAugment) the library
+    version it is made in, and can be made again. A library's generators give streams, not values by key; the mixing is
+    SplitMix64's (Steele et al. 2014).
     """
 
     def __init__(self, seed: int, passes: np.ndarray, rows: np.ndarray) -> None:

@@ -19,7 +19,7 @@ class Device:
     compile: bool = False
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model there, in channels_last: 1.5 to 3 times faster in bfloat16, on CPUs and GPUs alike."""
+        """Move a model there, in channels_last, in which bfloat16 convolutions are fastest."""
         return model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(self, pixels: Tensor) -> Tensor:

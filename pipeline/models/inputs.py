@@ -140,8 +140,8 @@ class Wanted(Section):
     size: PositiveInt
     """Side of the square, in pixels."""
     crop: Annotated[float, Field(gt=0, le=1)] | None = None
-    """How much of an image's short side the central square covers, where no view is drawn at random. The short side is resized to
-    `size` / `crop` pixels; timm calls it crop_pct. null: 1, or that of the `pretrained` weights."""
+    """How much of an image's short side the central square covers, where no view of `kind: crop` is drawn. The short side is
+    resized to `size` / `crop` pixels; timm calls it crop_pct. null: 1, or that of the `pretrained` weights."""
     canvas: NonNegativeInt = 0
     """Side, in pixels, to which whole images are squeezed before random crops are cut from them; at least `size` / `crop`. More
     keeps more detail of small crops, and takes more memory."""

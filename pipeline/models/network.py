@@ -21,7 +21,7 @@ class Network(Section):
     """An architecture with its options, its input, and whose weights it starts from.
 
     Where training starts from a model directory, the directory must hold this network; its weights are taken then. The input's
-    `size` and `canvas` alone may differ: training goes on at another resolution (Touvron et al. 2019).
+    `size`, `crop` and `canvas` alone may differ: training goes on at another resolution (Touvron et al. 2019).
     """
 
     arch: str
@@ -48,12 +48,12 @@ def start(
 ) -> tuple[nn.Module, Description]:
     """The network at the start of training, with a classifier in the order of `classes`.
 
-    `init` is a model directory, whose network `network` must be, but for the size and the crop of its input (None: whatever it
-    is); a checkpoint file for `network` (safetensors, or a .pth/.th that holds only tensors); or data/scratch. A classifier of
-    other classes is left behind. Of a network with several exits the part up to `exit` is taken, by default the deepest.
-    `from_layer`: after which layer of a pre-trained model's projection head the classifier stands, 0 for the encoder alone; it
-    starts at zero. Logits stay as they are stored, at the temperature of the description. Raises CheckpointError, ModelError,
-    ExitError or ArtifactError.
+    `init` is a model directory, whose network `network` must be, but for the size, the crop and the canvas of its input (None:
+    whatever it is); a checkpoint file for `network` (safetensors, or a .pth/.th that holds only tensors); or data/scratch. A
+    classifier of other classes is left behind. Of a network with several exits the part up to `exit` is taken, by default the
+    deepest. `from_layer`: after which layer of a pre-trained model's projection head the classifier stands, 0 for the encoder
+    alone; it starts at zero. Logits stay as they are stored, at the temperature of the description. Raises CheckpointError,
+    ModelError, ExitError or ArtifactError.
     """
     torch.manual_seed(seed)
     if init.is_dir():

@@ -60,7 +60,7 @@ class Mirrored(nn.Module):
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """The model with each batch normalisation that follows a convolution folded into it, for inference: a fifth faster on CPUs.
+    """The model with each batch normalisation that follows a convolution folded into it, for inference: faster on CPUs.
 
     Pairs are found by tracing; a model that cannot be traced is returned as it is. The input model is changed.
     """

@@ -65,7 +65,7 @@ def against(baseline: str, entries: list[Entry]) -> list[Entry]:
         if not np.array_equal(e.ids, base.ids) or not np.array_equal(e.held_ids, base.held_ids):
             raise UserError(
                 f"`evaluate.{e.name}` and `evaluate.{baseline}` were measured on different images. Run `dvc repro`, "
-                "which measures both on data/prepare/val and data/prepare/holdout."
+                "which measures both on data/prepare/val and data/dedup/holdout."
             )
     return [e if e is base else replace(e, difference=pairs.compare(e.right, base.right).difference) for e in entries]
 

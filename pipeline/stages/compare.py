@@ -28,7 +28,7 @@ class Compare(Section):
     title: str = "Comparison"
     """The report's title."""
     margin: float = Field(0.01, ge=0, lt=1)
-    """Two entries whose accuracies differ by less, for certain, are equivalent; 0.01 is one point."""
+    """Two entries that the test does not separate are equivalent if they differ by less, for certain; 0.01 is one point."""
     baseline: Annotated[str, Names("evaluate")]
     """The entry of `evaluate` that the others are compared with: one whose role is `baseline`."""
 

@@ -16,7 +16,7 @@ from pipeline.learning.teachers import read
 from pipeline.learning.views import Mix, View
 from pipeline.models import device, inputs, network, prediction
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeImages, MadeModel, MadeTeacher, Section
 
 UNKNOWN = -1  # the label of an image that has none
 
@@ -24,12 +24,12 @@ UNKNOWN = -1  # the label of an image that has none
 class Distil(Section):
     """What the student starts from, whom it learns from, on which images, and how (SSLD, section 3)."""
 
-    init: Made
+    init: MadeModel
     """`scratch`, or the model directory to start from, or a checkpoint file."""
-    teacher: Made
+    teacher: MadeTeacher
     """Whom to learn from: a model directory, or `label/<entry>`, what a teacher said about the views kept there, which then are
     the views to learn on."""
-    images: Made
+    images: MadeImages
     """The images to learn on (a manifest: `select/top`)."""
     model: network.Network | None = None
     """The student, by its name in `models`; where `init` is a model directory, the network that it holds."""

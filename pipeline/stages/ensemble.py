@@ -9,15 +9,15 @@ from pipeline.harness import stage
 from pipeline.models import architectures, checkpoint, inputs, network
 from pipeline.models.checkpoint import Description
 from pipeline.store import artifact
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeModel, Section
 
 
 class Ensemble(Section):
     """Two models. All members of an ensemble count alike: three models are one with the ensemble of two."""
 
-    first: Made
+    first: MadeModel
     """A model directory."""
-    second: Made
+    second: MadeModel
     """Another."""
 
 

@@ -29,7 +29,7 @@ from pipeline.report.measure import (
 )
 from pipeline.report.statistics import wilson
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeModel, Section
 
 
 class Evaluate(Section):
@@ -38,7 +38,7 @@ class Evaluate(Section):
     role: Role
     """What the entry is to the comparison. Of the `candidate`s one is chosen; a `control` shows what a part of the method is
     worth; a `baseline` is what the method must beat; a `teacher` is a row to read beside its students."""
-    model: Made
+    model: MadeModel
     """The model directory to measure."""
     exit: int | Literal["ensemble", "early"] | None = None
     """What to measure of a network with exits: the number of one, all as an `ensemble`, or `early`, the first that is sure

@@ -21,7 +21,7 @@ from pipeline.report.evaluation import Evaluation, read, read_predictions
 from pipeline.report.handover import CARD, EXAMPLE, plain, template
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import FORMATS
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeEvaluation, MadeModel, Section
 
 BATCHES = (1, 3)  # whose logits are compared: any number of images must do
 TOLERANCE = 1e-3  # of the largest logit
@@ -32,9 +32,9 @@ ONNX, PROGRAM = "model.onnx", "model.pt2"
 class Export(Section):
     """What is handed over."""
 
-    model: Made
+    model: MadeModel
     """The model directory to hand over."""
-    evaluation: Made
+    evaluation: MadeEvaluation
     """The measurement that the card quotes: an entry of `evaluate`, of the same exit."""
     exit: PositiveInt | None = None
     """The exit to end at, of a network with exits; null: the deepest."""

@@ -21,7 +21,7 @@ from pipeline.learning.teachers import Cached, Online
 from pipeline.learning.views import Batch, View
 from pipeline.models import architectures, device, inputs, prediction
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeImages, MadeModel, Section
 
 SHARD = 16 * prediction.BATCH  # images; a killed run loses at most one shard
 CHECKED = 256  # images, drawn by the seed, that are labelled again from the file alone, and compared
@@ -31,9 +31,9 @@ TOLERANCE = 0.05  # of a probability: far more than rounding, for devices and pr
 class Label(Section):
     """Who labels what."""
 
-    teacher: Made
+    teacher: MadeModel
     """A model directory."""
-    images: Made
+    images: MadeImages
     """The images to label (a manifest: `select/top`)."""
     labelled: bool = True
     """Label the labelled images too, their labels unread."""

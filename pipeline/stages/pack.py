@@ -21,7 +21,7 @@ from pipeline.sources.tars import Tars
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import ImageRefused, decode
 from pipeline.store.manifest import Manifest
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeImages, Section
 
 SHARD = 8192  # images; a killed run loses at most one shard
 CHUNK = 64  # images that a thread takes at a time
@@ -34,7 +34,7 @@ cv2.setNumThreads(1)  # the threads below share the cores already
 class Pack(Section):
     """What is resized. Nothing that a model of `canvas` pixels sees is lost but to JPEG if `side` is at least that."""
 
-    images: Made
+    images: MadeImages
     """A manifest: `select/top`."""
     labelled: bool = True
     """Pack the labelled images too."""

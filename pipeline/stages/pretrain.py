@@ -17,7 +17,7 @@ from pipeline.learning.loop.trained import Counts
 from pipeline.models import architectures, checkpoint, device, inputs, network
 from pipeline.report.probe import monitor
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeImages, Section
 
 MONITORED = 10_000  # images that the k-nearest neighbours and the linear probe learn from, at most
 NEIGHBOURS = 20
@@ -26,7 +26,7 @@ NEIGHBOURS = 20
 class Pretrain(Section):
     """What the encoder learns from, and how. The negatives of a view are those of its whole batch, on all processes."""
 
-    images: Made
+    images: MadeImages
     """The images to learn from (a manifest: `dedup/pool`); the labelled ones are added, their labels unread."""
     model: network.Network
     """The encoder, by its name in `models`."""

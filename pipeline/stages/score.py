@@ -16,7 +16,7 @@ from pipeline.harness import shards, stage
 from pipeline.harness.machine import Machine
 from pipeline.models import architectures, device, inputs, network, prediction
 from pipeline.store import artifact, manifest, scores
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeModel, Section
 
 SHARD = 64 * prediction.BATCH  # images; a killed run loses at most one shard
 
@@ -24,7 +24,7 @@ SHARD = 64 * prediction.BATCH  # images; a killed run loses at most one shard
 class Score(Section):
     """Who scores the pool."""
 
-    teacher: Made
+    teacher: MadeModel
     """A model directory."""
     m: PositiveInt = 10
     """How many classes to keep of each image, the best; at most all."""

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeScores, Section
 from pipeline.store.ranking import Taken, ranked, shared_out
 from pipeline.store.scores import Scores, names_of, open_scores
 
@@ -31,7 +31,7 @@ class Select(Section):
     first class first). A pair is taken when its image is still free and its class has fewer than `k`.
     """
 
-    scores: Made
+    scores: MadeScores
     """The scores to select by: an entry of `score`."""
     rule: Literal["top", "band", "balanced", "random", "all"]
     """`top` takes the `k` images of each class that have the highest log p, and `band` the `k` after the first `skip` of them.

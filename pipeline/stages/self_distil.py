@@ -18,7 +18,7 @@ from pipeline.learning.teachers import read
 from pipeline.models import device, exits, inputs, network, prediction
 from pipeline.models.exits import Exited
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeImages, MadeModel, MadeTeacher, Section
 
 LABELS = "labels"
 """The `teacher` of an entry that learns from labels; data/labels stands in dvc.yaml where a model directory would."""
@@ -30,12 +30,12 @@ class SelfDistil(Section):
     `alpha` and `lambda` apply to the exits before the deepest. Both 0 is deep supervision, the control.
     """
 
-    init: Made
+    init: MadeModel
     """`scratch`, or the model directory to start from, or a checkpoint file."""
-    teacher: Made
+    teacher: MadeTeacher
     """`labels`: the paper's method, on labelled `images`. With a model directory or cached labels (see `distil`) the exits
     learn its soft labels by `loss` instead: a student of SSLD that also teaches itself."""
-    images: Made
+    images: MadeImages
     """The images to learn on (a manifest: `dedup/train`)."""
     model: network.Network | None = None
     """The network without exits, by its name in `models`; where `init` is a model directory, the one that it holds."""
@@ -44,7 +44,7 @@ class SelfDistil(Section):
     lambda_: NonNegativeFloat = Field(1e-4, alias="lambda")
     """Weighs the deepest exit's features: squared distances, summed over channels, averaged over positions and images. Published
     code has 1e-6 on pooled features, summed over a batch of 128: 1.28e-4 for the mean over a batch. Pooled features are never
-    further apart than maps are by this average, and up to H x W times nearer."""
+    further apart than maps are by this average, and mostly much nearer."""
     temperature: Annotated[float, Field(gt=0)] = 3.0
     """T of the deepest exit's probabilities. Published code has 3."""
     labelled: bool = True

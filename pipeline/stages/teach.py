@@ -14,7 +14,7 @@ from pipeline.learning.loop import fit, optimisers
 from pipeline.learning.loop.trained import Counts
 from pipeline.models import device, inputs, network, prediction
 from pipeline.store import artifact, manifest
-from pipeline.store.params import Made, Section
+from pipeline.store.params import MadeModel, Section
 
 
 def _if_any(training: optimisers.Training | None) -> optimisers.Training | None:
@@ -24,7 +24,7 @@ def _if_any(training: optimisers.Training | None) -> optimisers.Training | None:
 class Teach(Section):
     """What the model starts from, and how it learns from labels."""
 
-    init: Made
+    init: MadeModel
     """`scratch`, or the model directory to start from (`teach/teacher`), or a checkpoint file (`raw/teachers/it.pth`)."""
     model: network.Network | None = None
     """The network, by its name in `models`; where `init` is a model directory, the one that it holds."""

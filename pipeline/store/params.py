@@ -36,14 +36,22 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Names:
-    """Marks a string that names an entry: of `section`, or, without one, of any (`teach/teacher`) or else a path below
-    data/."""
+    """Marks a string that names an entry: of `section`, or, without one, of any of the stages `of` (`teach/teacher`), which make
+    `what`, or else a path below data/ that no stage makes."""
 
     section: str = ""
+    what: str = ""
+    of: tuple[str, ...] = ()
 
 
-Made = Annotated[str, Names()]
-"""What a stage has made (`teach/teacher`, `select/top`, `dedup/train`), or a path below data/. dvc.yaml reads it."""
+MODELS = ("pretrain", "teach", "ensemble", "distil", "self_distil", "export")
+
+# What a stage has made, or a path below data/. dvc.yaml reads it.
+MadeModel = Annotated[str, Names(what="models", of=MODELS)]
+MadeTeacher = Annotated[str, Names(what="models or cached labels", of=(*MODELS, "label"))]
+MadeImages = Annotated[str, Names(what="images", of=("prepare", "dedup", "select", "pack"))]
+MadeScores = Annotated[str, Names(what="scores", of=("score",))]
+MadeEvaluation = Annotated[str, Names(what="evaluations", of=("evaluate",))]
 
 
 class ParamsError(UserError):
@@ -198,7 +206,8 @@ def similar(key: str, known: Any) -> str:
 
 
 def load_seed(file: Path) -> int:
-    """The top-level `seed`: every random choice of a run derives from it."""
+    """The top-level `seed`: the random choices of training, labelling and selection derive from it; `prepare` and
+    `draw` have seeds of their own."""
     tree = read(file)
     if wrong := wrong_seed(tree):
         raise ParamsError(f"{file}: {wrong[0]}")
