@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.numpy
 
 from pipeline.leaks.features import MIRROR, Bag, either_polarity
 
@@ -22,6 +23,7 @@ class Candidates(NamedTuple):
 EXACT = 20_000  # up to this many index entries a flat index is fast enough, and misses nothing
 PROBES = 4
 NEIGHBOURS = 8
+ARRAYS = "arrays.safetensors"
 VOTES = 3  # a candidate has at least this many, and this many of one accord about where the one image lies in the other
 ACCORD = 0.07  # in units of the longest side
 SHORTLIST = 10  # candidates per query image before they must be of one accord
@@ -63,9 +65,8 @@ class VotingIndex:
         import faiss
 
         faiss.write_index(self.index, str(folder / "index.faiss"))
-        np.save(folder / "owner.npy", self.owner)
-        np.save(folder / "points.npy", self.points)
-        np.save(folder / "turned.npy", self.turned)
+        kept = {"owner": self.owner, "points": self.points, "turned": self.turned}
+        safetensors.numpy.save_file(kept, folder / ARRAYS)  # np.save does not say that the disk is full
 
     @classmethod
     def load(cls, folder: Path) -> "VotingIndex":
@@ -73,7 +74,8 @@ class VotingIndex:
 
         faiss.omp_set_num_threads(1)
         index = faiss.read_index(str(folder / "index.faiss"))
-        return cls(index, *(np.load(folder / f"{name}.npy") for name in ("owner", "points", "turned")))
+        kept = safetensors.numpy.load_file(folder / ARRAYS)
+        return cls(index, kept["owner"], kept["points"], kept["turned"])
 
     def shortlist(self, queries: Bag, exclude: np.ndarray | None = None) -> Candidates:
         """The reference images that the queries share features with, at most SHORTLIST each, the likeliest first.
