@@ -27,19 +27,37 @@ class SoftLoss(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """T. SimCLRv2 has 0.1 to a network of the same kind and 1 to a smaller one. Below 1 the model directory records it, and all
     that read the model divide by it; above 1 the student's logits match the teacher's own, and are read at 1."""
+    standardise: bool = False
+    """Subtract from the logits of each image their mean and divide them by their standard deviation, the student's and the
+    teacher's, before they are divided by T (Sun et al. 2024, "Logit Standardization", section 4): the student then need not copy
+    the size of its teacher's logits. Its own have any size, so its probabilities are not calibrated."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """A factor: 4 with `js` compares like with like, 1 / T^2 gives SimCLRv2's equation."""
 
+    @property
+    def read_at(self) -> float:
+        """The temperature at which a student of this loss answers with probabilities, where it is below 1."""
+        return 1.0 if self.standardise else min(1.0, self.temperature)
+
     def __call__(self, student: Tensor, teacher: Tensor | Best) -> Tensor:
         """(N, C) logits of student and teacher -> scalar. Of a teacher's `Best`, at this temperature, the classes that are not
-        kept count as one, by the same formula; `dist` has no such form."""
+        kept count as one, by the same formula; `dist` and `standardise` have no such form."""
         if isinstance(teacher, Best):
             log_p, log_q = teacher.cells(student)
         else:
-            log_q = F.log_softmax(student.float() / self.temperature, dim=1)
-            log_p = F.log_softmax(teacher.float() / self.temperature, dim=1)
+            s, t = student.float(), teacher.float()
+            if self.standardise:
+                s, t = standardised(s), standardised(t)
+            log_q = F.log_softmax(s / self.temperature, dim=1)
+            log_p = F.log_softmax(t / self.temperature, dim=1)
         scale = 1.0 if self.name == "dist" else self.temperature**2
         return self.weight * scale * DIVERGENCES[self.name](log_p, log_q).mean()
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """(N, C) -> (N, C): each row with mean 0 and standard deviation 1 (over its C values)."""
+    centred = logits - logits.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp_min(1e-7)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

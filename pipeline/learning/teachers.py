@@ -30,6 +30,8 @@ class Loss(Protocol):
     def name(self) -> str: ...
     @property
     def temperature(self) -> float: ...
+    @property
+    def standardise(self) -> bool: ...
 
 
 def read(
@@ -117,9 +119,10 @@ class Cached:
                 f"`loss.temperature` is {loss.temperature}, but {kept}, and what the others have together is known at "
                 f"{self.temperature} alone. Set `temperature: {loss.temperature}` in its entry of `label`."
             )
-        if loss.name == "dist":
+        if loss.name == "dist" or loss.standardise:
+            what = "standardise: true" if loss.standardise else "name: dist"
             raise LabelsError(
-                f"`loss: {{name: dist}}` correlates all classes, but {kept}. Set `m: {self.count}` in its entry of `label`."
+                f"`loss: {{{what}}}` looks at all classes, but {kept}. Set `m: {self.count}` in its entry of `label`."
             )
 
     def canvas(self, student: inputs.Input, whole: bool) -> int:

@@ -85,7 +85,7 @@ def run(
     held_out = manifest.read(holdout)
     on = device.pick(job.machine)
     student, description = network.start(params.model, init, labelled.classes, job.seed, from_layer=params.from_layer)
-    description = network.trained_at(description, params.loss.temperature)
+    description = network.trained_at(description, params.loss.read_at)
     input_spec, temperature = description.input, description.temperature
     taught_by = read(teacher, labelled.classes, seen, on, params.loss, params.teacher_bn)
     known = taught_by.training.get("labelled", 0)

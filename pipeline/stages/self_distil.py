@@ -82,7 +82,7 @@ def run(
     held_out = manifest.read(holdout)
     on = device.pick(job.machine)
     student, description = network.start_exits(params.model, init, labelled.classes, job.seed)
-    description = network.trained_at(description, 1 if from_labels else params.loss.temperature)
+    description = network.trained_at(description, 1 if from_labels else params.loss.read_at)
     input_spec, temperature = description.input, description.temperature
     aspects, size, frozen = inputs.aspects(seen), input_spec.size, list[tuple[nn.Module, int]]()
     if from_labels:

@@ -142,3 +142,22 @@ def test_a_student_that_agrees_with_the_whole_distribution_is_left_alone() -> No
     SoftLoss(name="kl", temperature=4.0)(student, Best(best, log_p, rest, 4.0)).backward()
     assert student.grad is not None
     assert student.grad.norm().item() < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_standardised_logits_have_no_size(temperature: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 7, 11, generator=random, dtype=torch.float64)
+
+    def z(logits: list[float]) -> list[float]:
+        mean = sum(logits) / len(logits)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in logits) / len(logits))
+        return [(x - mean) / deviation for x in logits]
+
+    expected = [naive("kl", z(s), z(t), temperature) for s, t in zip(student.tolist(), teacher.tolist(), strict=True)]
+    loss = SoftLoss(name="kl", temperature=temperature, standardise=True)
+    assert loss(student.float(), teacher.float()).item() == pytest.approx(temperature**2 * sum(expected) / 7, rel=1e-4)
+    moved = loss(5 * student.float() + 2, teacher.float().log_softmax(1))  # cached labels have log-probabilities
+    assert moved.item() == pytest.approx(loss(student.float(), teacher.float()).item(), rel=1e-4)
+    assert loss(torch.zeros(2, 3), torch.randn(2, 3)).isfinite()
+    assert (SoftLoss(temperature=0.1).read_at, SoftLoss(temperature=0.1, standardise=True).read_at) == (0.1, 1.0)

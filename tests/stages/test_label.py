@@ -90,7 +90,8 @@ def test_what_the_best_classes_leave_is_one_class_at_the_temperature(data: Path,
     ("loss", "message"),
     [
         ({"temperature": 2.0}, r"`loss.temperature` is 2.0, but .* keeps 2 of 3 classes, .* is known at 4.0 alone"),
-        ({"name": "dist", "temperature": 4.0}, r"correlates all classes, but .* keeps 2 of 3 classes. Set `m: 3`"),
+        ({"standardise": True, "temperature": 4.0}, r"`loss: {standardise: true}` looks at all classes"),
+        ({"name": "dist", "temperature": 4.0}, r"looks at all classes, but .* keeps 2 of 3 classes. Set `m: 3`"),
     ],
 )
 def test_a_loss_that_needs_more_than_is_kept_is_refused(
