@@ -2,8 +2,8 @@
 
 A row per image: `id`; `classes` (uint16) and `log_p` (float16), its m best classes and their log-probabilities, V x m of each,
 the best first in each view. Where m is less than all, `log_rest` (float32), V of them, says what the other classes have together
-at temperature T: the logarithm of the sum of p^(1/T). A view is a function of (seed, number of the view, row): the facts beside
-the rows are all that is kept of it.
+at temperature T: the logarithm of the sum of p^(1/T). A view is a function of (seed, number of the view, row of the label): the
+facts beside the rows are all that is kept of it.
 """
 
 import json

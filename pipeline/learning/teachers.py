@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from pipeline.store import artifact, manifest
 
 
 class LabelsError(UserError):
-    """Cached soft labels are of other images or other classes, or were made for other views."""
+    """Cached soft labels lack images, are of other classes, or were made for other views."""
 
 
 class Loss(Protocol):
@@ -85,7 +87,8 @@ class Online:
 class Cached:
     """What a teacher said about V views of each image: training goes through them in turn and meets no other.
 
-    Attributes as `Online`'s; no network runs, so the compute of labelling counts for no student.
+    The labels may be of more images than are learned on, as those of a whole pool are for each selection from it. Attributes as
+    `Online`'s; no network runs, so the compute of labelling counts for no student.
     """
 
     def __init__(self, folder: Path, classes: tuple[str, ...], seen: manifest.Manifest, on: Device, statistics: str) -> None:
@@ -93,10 +96,11 @@ class Cached:
         facts = kept.facts
         if facts.classes != classes:
             raise LabelsError(f"{folder} has labels of other classes than the training images. Remake it: `dvc repro`.")
-        if not kept.ids.equals(seen.table["id"]):
+        self.at = _places(kept.ids, seen.table["id"])  # N
+        if missing := int((self.at < 0).sum()):
             raise LabelsError(
-                f"{folder} has labels of {len(kept.ids):,} images, which are not the {len(seen):,} to learn on. "
-                "Its entry of `label` must name the same `images`, and the same `labelled`."
+                f"{folder} has labels of {len(kept.ids):,} images, but none of {missing:,} of the {len(seen):,} to learn on. "
+                "Its entry of `label` must name `images` that hold them all, and have `labelled` where this one has."
             )
         if statistics != "eval":
             raise LabelsError(f"`teacher_bn: {statistics}` needs a teacher in the loop, but {folder} holds cached labels.")
@@ -137,17 +141,26 @@ class Cached:
             raise LabelsError(f"`mix` makes views that nobody has labelled: {self.folder} holds labels of single images.")
         if size != self.size:
             raise LabelsError(f"the student takes {size} pixels, the labels of {self.folder} are of views of {self.size}.")
-        inner = views.viewer(size, self.view, self.seed, aspects)
-        return lambda raw, rows, passes: inner(raw, rows, passes % self.views)
+        everywhere = np.ones(int(self.at.max(initial=-1)) + 1)  # by the rows of the labels, from which views are drawn
+        everywhere[self.at] = aspects
+        inner = views.viewer(size, self.view, self.seed, everywhere)
+        return lambda raw, rows, passes: inner(raw, self.at[rows], passes % self.views)
 
     def answers(self, batch: Batch) -> Tensor | Best:
         """(B, C) log-probabilities where all classes are kept, else the best of them."""
-        view = batch.passes % self.views
-        log_p = torch.from_numpy(self.log_p[batch.rows, view]).float().to(self.on.device)  # B, m
-        best = torch.from_numpy(self.classes[batch.rows, view].astype(np.int64)).to(self.on.device)
+        view, rows = batch.passes % self.views, self.at[batch.rows]
+        log_p = torch.from_numpy(self.log_p[rows, view]).float().to(self.on.device)  # B, m
+        best = torch.from_numpy(self.classes[rows, view].astype(np.int64)).to(self.on.device)
         if self.log_rest is None:
             return torch.empty_like(log_p).scatter_(1, best, log_p)
-        return Best(best, log_p, torch.from_numpy(self.log_rest[batch.rows, view]).to(self.on.device), self.temperature)
+        return Best(best, log_p, torch.from_numpy(self.log_rest[rows, view]).to(self.on.device), self.temperature)
+
+
+def _places(labelled: pa.ChunkedArray, seen: pa.ChunkedArray) -> np.ndarray:
+    """(N,) int64: where each of the ids `seen` stands among those `labelled`; -1 where it does not."""
+    if labelled.equals(seen):
+        return np.arange(len(seen))
+    return np.asarray(pc.fill_null(pc.index_in(seen, value_set=labelled), -1).to_numpy().astype(np.int64))
 
 
 def _frozen(model: nn.Module, statistics: str) -> nn.Module:

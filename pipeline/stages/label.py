@@ -34,7 +34,7 @@ class Label(Section):
     teacher: MadeModel
     """A model directory."""
     images: MadeImages
-    """The images to label (a manifest: `select/top`)."""
+    """The images to label (a manifest: `select/top`; with `dedup/pool` the labels serve every selection)."""
     labelled: bool = True
     """Label the labelled images too, their labels unread."""
     views: PositiveInt = 4
@@ -60,10 +60,10 @@ def run(
 ) -> stage.Metrics:
     """Write the teacher's labels of a few views of each image (`pipeline.learning.labels` has the format).
 
-    A `distil` entry whose `teacher` is this artifact replays exactly these views. Shards that a killed run has finished are not
-    labelled again. `mean_rest` is what the classes that are not kept have together at the temperature, on a sample: where it is
-    large, raise `m`. Raises CheckpointError; UserError, and labels all anew the next time, if the check finds another probability
-    than the file holds.
+    A `distil` entry whose `teacher` is this artifact, and whose images are among these, replays exactly these views. Shards that
+    a killed run has finished are not labelled again. `mean_rest` is what the classes that are not kept have together at the
+    temperature, on a sample: where it is large, raise `m`. Raises CheckpointError; UserError, and labels all anew the next time,
+    if the check finds another probability than the file holds.
     """
     identities = tuple(artifact.identity(path) for path in (chosen, train, teacher))
     labelling = Labelling(chosen, train, teacher, identities, params, seed, machine)

@@ -16,7 +16,7 @@ from pipeline.learning.losses import SoftLoss
 from pipeline.learning.views import Batch
 from pipeline.models import device, inputs
 from pipeline.stages import label
-from pipeline.store import manifest
+from pipeline.store import artifact, manifest
 from tests.tiny import MACHINE, TRAINING, distilled, self_distilled, taught
 
 VIEW = {"kind": "shift", "pad": 2, "brightness": 0.2}
@@ -48,6 +48,24 @@ def test_a_student_learns_from_cached_labels_what_it_learns_online(data: Path, e
     distilled(data, tmp_path / "other", expert, training=training, view={**VIEW, "brightness": 0.0})
     other = weights(tmp_path / "other")
     assert any(not torch.allclose(online[name].float(), other[name].float(), atol=3e-3) for name in online)
+
+
+def test_labels_of_the_pool_serve_every_selection_from_it(data: Path, expert: Path, tmp_path: Path) -> None:
+    labelled(data, expert, tmp_path / "labels", views=3)
+    pool, classes = manifest.read(data / "pool"), manifest.read(data / "train").classes
+    with artifact.writing(tmp_path / "chosen") as tmp:
+        manifest.write(tmp, pool.take(np.array([2, 3, 11, 17])).table, classes)
+    seen, _, _ = manifest.to_learn(tmp_path / "chosen", data / "train", True)
+    on = device.pick(MACHINE)
+    online = teachers.Online(expert, classes, on)
+    cached = teachers.Cached(tmp_path / "labels", classes, seen, on, "eval")
+    pixels = inputs.load(seen, 16, MACHINE, "test")
+    rows, passes = np.arange(len(seen)), np.arange(len(seen)) % 5
+    batch = Batch(cached.viewer(16, cached.view, 7, inputs.aspects(seen))(pixels.gather(rows), rows, passes), rows, passes)
+    said, again = cached.answers(batch), online.answers(batch)
+    assert isinstance(said, torch.Tensor)
+    assert torch.allclose(said.softmax(1), again.softmax(1), atol=1e-2)
+    distilled(data, tmp_path / "student", tmp_path / "labels", chosen=tmp_path / "chosen", labelled=False)
 
 
 def test_views_repeat_after_the_last(data: Path, expert: Path, tmp_path: Path) -> None:
@@ -130,7 +148,7 @@ def test_finished_shards_are_not_labelled_again(
     ("params", "message"),
     [
         ({"view": {"kind": "none"}}, "`view` is not the one"),
-        ({"labelled": False}, "which are not the 20 to learn on"),
+        ({}, "none of 18 of the 38 to learn on"),
         ({"mix": {"mixup": 0.2}}, "views that nobody has labelled"),
         ({"teacher_bn": "batch"}, "needs a teacher in the loop"),
         ({"model": {"arch": "resnet8", "options": {"width": 4}, "input": {"size": 20}}}, "student takes 20 pixels"),
@@ -139,7 +157,7 @@ def test_finished_shards_are_not_labelled_again(
 def test_labels_of_something_else_are_refused(
     data: Path, expert: Path, tmp_path: Path, params: dict[str, Any], message: str
 ) -> None:
-    labelled(data, expert, tmp_path / "labels", views=1)
+    labelled(data, expert, tmp_path / "labels", views=1, labelled=bool(params))
     with pytest.raises(teachers.LabelsError, match=message):
         distilled(data, tmp_path / "student", tmp_path / "labels", **params)
 
