@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -274,13 +275,21 @@ def macs_of_training(trained: nn.Module, size: int, *frozen: tuple[nn.Module, in
 
 
 def timm_input(model: nn.Module) -> Input | None:
-    """What timm's published weights of a network take, by its config; None if no part of the network is timm's."""
+    """What timm's published weights of a network take, by its config; None if no part of the network is timm's.
+
+    Says so on stderr where they were measured on something else than the central square.
+    """
     import timm
 
     for part in model.modules():
         if hasattr(part, "pretrained_cfg"):
-            config = timm.data.resolve_model_data_config(part)
+            config = timm.data.resolve_model_data_config(part) | {"architecture": getattr(part, "default_cfg", {}).get("architecture")}
             size = config["input_size"][-1]
+            if config["crop_mode"] != "center":
+                sys.stderr.write(
+                    f"{config['architecture']}: the published weights were measured with timm's crop mode "
+                    f"`{config['crop_mode']}`; winnow cuts the central square, at what cost is not known.\n"
+                )
             return Input(size=size, crop=size / int(size / config["crop_pct"]), mean=config["mean"], std=config["std"])
     return None
 

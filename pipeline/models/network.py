@@ -32,7 +32,8 @@ class Network(Section):
     """What the architecture takes: `airbench` `widths`, the small ResNets `width`, `shortcut` (A or B) and `stem_stride`, others
     timm's options."""
     pretrained: Literal["timm", "torchvision"] | None = None
-    """Start from the weights that timm or torchvision publish for `arch`, with their mean, std and crop (see `input`)."""
+    """Start from the weights that timm or torchvision publish for `arch`, with their mean, std and crop (see `input`).
+    Images are made smaller by averaging areas, whichever interpolation the weights were measured with."""
     source_classes: Literal["train"] | tuple[str, ...] | None = None
     """What the classifier of such weights, or of a checkpoint file given as `init`, tells apart: the class names in its order,
     or `train` for the training set's in alphabetical order. null leaves that classifier behind and starts a new one."""

@@ -296,3 +296,11 @@ def test_a_new_classifier_on_published_weights_takes_another_size(tmp_path: Path
 
 def test_without_published_weights_the_input_is_imagenets() -> None:
     assert network.start(small(), SCRATCH, CLASSES, 0)[1].input == inputs.Input(size=8)
+
+
+def test_weights_that_were_measured_on_squeezed_images_are_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    squeezed = timm.create_model("coat_lite_medium_384", pretrained=False)  # crop_mode: squash
+    assert architectures.timm_input(squeezed) is not None
+    assert "coat_lite_medium_384: the published weights were measured with timm's crop mode `squash`" in capsys.readouterr().err
+    architectures.timm_input(timm.create_model("resnet18", pretrained=False))
+    assert capsys.readouterr().err == ""
