@@ -283,11 +283,11 @@ def timm_input(model: nn.Module) -> Input | None:
 
     for part in model.modules():
         if hasattr(part, "pretrained_cfg"):
-            config = timm.data.resolve_model_data_config(part) | {"architecture": getattr(part, "default_cfg", {}).get("architecture")}
+            config = timm.data.resolve_model_data_config(part)
             size = config["input_size"][-1]
             if config["crop_mode"] != "center":
                 sys.stderr.write(
-                    f"{config['architecture']}: the published weights were measured with timm's crop mode "
+                    f"{getattr(part, 'default_cfg', {}).get('architecture')}: the published weights were measured with timm's crop mode "
                     f"`{config['crop_mode']}`; winnow cuts the central square, at what cost is not known.\n"
                 )
             return Input(size=size, crop=size / int(size / config["crop_pct"]), mean=config["mean"], std=config["std"])
