@@ -287,8 +287,8 @@ def timm_input(model: nn.Module) -> Input | None:
             size = config["input_size"][-1]
             if config["crop_mode"] != "center":
                 sys.stderr.write(
-                    f"{getattr(part, 'default_cfg', {}).get('architecture')}: the published weights were measured with timm's crop mode "
-                    f"`{config['crop_mode']}`; winnow cuts the central square, at what cost is not known.\n"
+                    f"{getattr(part, 'default_cfg', {}).get('architecture')}: the published weights were measured with timm's "
+                    f"crop mode `{config['crop_mode']}`; winnow cuts the central square, at what cost is not known.\n"
                 )
             return Input(size=size, crop=size / int(size / config["crop_pct"]), mean=config["mean"], std=config["std"])
     return None
