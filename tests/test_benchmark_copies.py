@@ -44,8 +44,8 @@ def test_the_published_list_has_the_figures_of_the_docs() -> None:
         rows = [row for row in csv.DictReader(file) if row["outcome"] == "copy"]
     train = [row for row in rows if row["image"].startswith("train/")]
     text = (PUBLISHED.parent / "dedup.md").read_text()
-    figures = f"{len(train):,} pairs of {len({r['image'] for r in train}):,} training and {len({r['match'] for r in train}):,} test images"
-    assert figures in text
+    images, matches = ({row[key] for row in train} for key in ("image", "match"))
+    assert f"{len(train):,} pairs of {len(images):,} training and {len(matches):,} test images" in text
     judged = [row["judged"] for row in rows if row["judged"]]
     assert f"{len(judged):,} pairs were looked at, and {judged.count('other')} show other pictures" in text
     assert set(judged) == {"same", "other"}
