@@ -91,22 +91,33 @@ def reproduce(folder: Path, *stages: str) -> None:
 
 
 def table(folders: list[Path]) -> str:
-    """Markdown: a row per entry of `evaluate`, accuracies in percent as mean ± sample standard deviation over the workspaces."""
+    """Markdown: a row per entry of `evaluate`, accuracies in percent as mean ± sample standard deviation over the workspaces.
+
+    Clean val: the validation images without a copy in the pool or the labelled set, as these were left to learn from.
+    """
     found = [evaluations(folder) for folder in folders]
     lines = [
-        "| entry | val top-1 % | each seed | over baseline | holdout top-1 % | labels learned | to choose | unlabelled | steps |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| entry | val top-1 % | each seed | clean val % | over baseline | holdout top-1 % "
+        "| labels learned | to choose | unlabelled | steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry, first in found[0].items():
+        clean = [100 * on.top1 for f in found if (on := f[entry].clean)]
         val = [100 * f[entry].val.top1 for f in found]
         held = [100 * f[entry].holdout.top1 for f in found]
         gains = [v - 100 * f["baseline"].val.top1 for v, f in zip(val, found, strict=True)]
         training = first.training
         lines.append(
-            f"| {entry} | {spread(val)} | {' / '.join(f'{v:.1f}' for v in val)} | {spread(gains)} | {spread(held)} "
+            f"| {entry} | {spread(val)} | {' / '.join(f'{v:.1f}' for v in val)} "
+            f"| {spread(clean) if clean else '–'} "
+            f"| {spread(gains)} | {spread(held)} "
             f"| {training.labelled:,} | {first.holdout.n:,} | {training.unlabelled:,} | {training.steps:,} |"
         )
-    return "\n".join(lines) + "\n"
+    counts = {f"{on.n:,}" for f in found for of_entry in f.values() if (on := of_entry.clean)}
+    sizes = (
+        f"\nClean val has {' or '.join(sorted(counts))} of {next(iter(found[0].values())).val.n:,} images.\n" if counts else ""
+    )
+    return "\n".join(lines) + "\n" + sizes
 
 
 def exits(folders: list[Path]) -> str:

@@ -13,7 +13,7 @@ from tests.evaluations import evaluated
 ROLES = {"baseline": "baseline", "kd": "control", "ssld": "candidate"}
 
 
-def seed_of(folder: Path, right: dict[str, int]) -> Path:
+def seed_of(folder: Path, right: dict[str, int], clean: evaluation.Clean | None = None) -> Path:
     """A seed's workspace with 100 validation images, of which each entry names the first ones right."""
     entries = {name: {"role": role, "model": "-"} for name, role in ROLES.items()}
     folder.mkdir()
@@ -27,7 +27,7 @@ def seed_of(folder: Path, right: dict[str, int]) -> Path:
             "predicted": (np.arange(100) < count).astype(int).tolist(),
         }
         table = pa.table({**columns, "confidence": [0.5] * 100}, schema=evaluation.PREDICTED)
-        of_role = evaluated().model_copy(update={"role": ROLES[name]})
+        of_role = evaluated().model_copy(update={"role": ROLES[name], "clean": clean})
         evaluation.write(out, of_role, {"val": table}, pa.table({"class": ["a"]}), b"{}")
     return folder
 
@@ -45,3 +45,14 @@ def test_each_entry_is_paired_with_the_baseline_and_each_candidate_with_each_con
     low, high = (float(end) for end in rows["ssld", "kd"][3].split(" to "))
     assert low < -20 + 10
     assert high > 30 - 10
+
+
+def test_clean_val_stands_beside_val_where_it_is_known(tmp_path: Path) -> None:
+    right = {"baseline": 50, "kd": 60, "ssld": 90}
+    known = [evaluation.Clean(n=80, top1=top1, top1_low=0.3, top1_high=0.6) for top1 in (0.4, 0.5)]
+    text = seeds.table([seed_of(tmp_path / str(i), right, clean) for i, clean in enumerate(known)])
+    assert "| baseline | 50.0 ± 0.0 | 50.0 / 50.0 | 45.0 ± 7.1 |" in text
+    assert "Clean val has 80 of 90 images." in text
+    unknown = seeds.table([seed_of(tmp_path / "unknown", right)])
+    assert "| baseline | 50.0 | 50.0 | – |" in unknown
+    assert "Clean val" not in unknown
