@@ -24,6 +24,7 @@ HEAT_CLASSES = 40
 MATRIX_CLASSES = 20
 """Up to so many classes the report shows who is taken for whom as a matrix."""
 MISTAKES = 10
+TABLES = {"answers": "What each answers", "costs": "What each costs"}
 SHOWN_ITEMS = 6
 """Items of a metric that is itself a mapping; data/<stage>/<entry>.json has all."""
 
@@ -42,7 +43,9 @@ WORK = {
 """The stages in the order of their work, as the report tells it."""
 
 
-def render(comparison: Comparison, entries: Sequence[Entry], notes: Sequence[str], data: Path, out: Path) -> str:
+def render(
+    comparison: Comparison, entries: Sequence[Entry], notes: Sequence[str], data: Path, out: Path, licence: str | None = None
+) -> str:
     """One page without outside references, except a link to the gallery that `dedup` drew, if it did."""
     gallery = gallery_of(data)
     steps = _steps(entries, data)
@@ -57,6 +60,7 @@ def render(comparison: Comparison, entries: Sequence[Entry], notes: Sequence[str
         baseline=baseline,
         entries=entries,
         columns=COLUMNS,
+        tables=[(title, [c for c in COLUMNS if c.on == on]) for on, title in TABLES.items()],
         notes=notes,
         mark=lambda e: mark_of(e, notes),
         caution=caution(entries),
@@ -66,6 +70,10 @@ def render(comparison: Comparison, entries: Sequence[Entry], notes: Sequence[str
         rule=RULE,
         verdicts=sentences.verdicts(comparison),
         pairs=_pairs(comparison),
+        told=_told(comparison),
+        untold=len(comparison.pairs) - len(_told(comparison)),
+        every=comparison.pairs,
+        card=_card(steps, data, licence),
         differing=comparison.classes[:HEAT_CLASSES],
         interval=sentences.interval,
         p_value=sentences.p_value,
@@ -110,6 +118,58 @@ def _pairs(comparison: Comparison) -> dict[tuple[str, str], Versus]:
         for one in comparison.pairs
         for names, v in (((one.entry, one.other), one), ((one.other, one.entry), one.turned()))
     }
+
+
+def _told(comparison: Comparison) -> list[Versus]:
+    """The pairs that a reader looks for: each candidate against all others, and all others against the baseline."""
+    rank = {"candidate": 0, "control": 1, "teacher": 2, "baseline": 3}
+    role = {name: e.role for name, e in comparison.entries.items()}
+    found = []
+    for one in comparison.pairs:
+        v = one if rank[role[one.entry]] <= rank[role[one.other]] else one.turned()
+        if role[v.entry] == "candidate" or comparison.baseline in (v.entry, v.other):
+            found.append(v)
+    order = list(comparison.entries)
+    return sorted(found, key=lambda v: (rank[role[v.entry]], order.index(v.entry), v.other != comparison.baseline))
+
+
+def _card(steps: Sequence["Step"], data: Path, licence: str | None) -> list[tuple[str, str]]:
+    """The data in a few lines: where it came from, what was refused and removed, what was selected, what it may be used for."""
+    runs = {step.stage: step.runs for step in steps}
+    lines: list[tuple[str, str]] = []
+    if "prepare" in runs:
+        prepared = runs["prepare"][0]
+        metrics = prepared.metrics
+        for role in ("labelled", "val", "pool"):
+            named = ", ".join(str(source.get("path") or source.get("name")) for source in prepared.params.get(role) or [])
+            lines.append((f"{role}, from", f"{named} below {prepared.params.get('root')}" if named else "none"))
+        known = ("train", "holdout", "val", "pool")
+        counts = ", ".join(f"{metrics[name]:,} {name}" for name in known if isinstance(metrics.get(name), int))
+        lines.append(("images", counts or "not counted"))
+        refused = metrics.get("quarantine")
+        if isinstance(refused, int):
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in (metrics.get("reasons") or {}).items())
+            lines.append(
+                ("refused", f"{refused:,}{f' ({reasons})' if reasons else ''}; each is listed in data/prepare/quarantine")
+            )
+    if "dedup" in runs:
+        metrics = runs["dedup"][0].metrics
+        if {"pool", "kept"} <= metrics.keys():
+            removed, doubtful = metrics["pool"] - metrics["kept"], metrics.get("review", 0)
+            lines.append(
+                (
+                    "leaks",
+                    f"{removed:,} images of the pool removed, {doubtful:,} for review; the evidence lies in data/dedup/leaks",
+                )
+            )
+    for run in runs.get("select", []):
+        rule, taken = run.params.get("rule"), run.metrics.get("images")
+        short = f", {run.metrics['classes_short']:,} classes short" if run.metrics.get("classes_short") else ""
+        lines.append(
+            (f"selection {run.name}", f"{taken:,} images by the rule {rule}{short}" if isinstance(taken, int) else str(rule))
+        )
+    lines.append(("licence", licence or "not said (`compare.licence`)"))
+    return lines
 
 
 class Step(NamedTuple):

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import rich.box
 import rich.console
@@ -15,10 +15,13 @@ from pipeline.report.pairs import Versus
 
 
 class Column(NamedTuple):
+    """`on`: which of the report's two tables has it: what an entry `answers`, or what it `costs`."""
+
     title: str
     meaning: str
     cell: Callable[[Entry], str]
     on_terminal: bool = True
+    on: Literal["answers", "costs"] = "answers"
 
 
 def percent(share: float) -> str:
@@ -35,6 +38,7 @@ def _gain(entry: Entry) -> str:
 
 
 COLUMNS = (
+    Column("role", "What the entry is to the comparison; of the candidates one is chosen.", lambda e: e.evaluation.role),
     Column(
         "val top-1 %",
         "Share of the validation images whose first answer is right, with Wilson's 95 % interval.",
@@ -78,40 +82,49 @@ COLUMNS = (
         "labels learned",
         "Images whose labels were read to train the model, its start or its teacher.",
         lambda e: f"{e.evaluation.training.labelled:,}",
+        on="costs",
     ),
     Column(
         "to choose",
         "Held-out images, whose labels are read for choices alone.",
         lambda e: f"{e.evaluation.holdout.n:,}",
         False,
+        on="costs",
     ),
     Column(
         "unlabelled",
         "Pool images that its own training saw; a fine-tune starts from a model that saw others.",
         lambda e: f"{e.evaluation.training.unlabelled:,}",
+        on="costs",
     ),
     Column(
-        "steps", "Optimisation steps of its training, its start's included.", lambda e: f"{e.evaluation.training.steps:,}", False
+        "steps",
+        "Optimisation steps of its training, its start's included.",
+        lambda e: f"{e.evaluation.training.steps:,}",
+        False,
+        on="costs",
     ),
     Column(
         "training TMACs",
         "Compute of its training, its start's included, in 10^12 multiply-accumulates: three forward passes for each image it "
         "learned from and one of each network that taught it. What a teacher's own training took is not in it.",
         lambda e: scaled(e.evaluation.training.macs, 1e12),
+        on="costs",
     ),
     Column(
         "all TMACs",
         "Compute of all that winnow did for it: every training above it once (teachers', starts'), scoring, labelling. "
         "How a published checkpoint was trained is not known, and not in it.",
         lambda e: scaled(e.evaluation.training.macs_all, 1e12),
+        on="costs",
     ),
     Column(
         "MMACs",
         "Compute of a prediction, in 10^6 multiply-accumulates; of early exits the mean over the validation images.",
         lambda e: scaled(e.evaluation.model.macs, 1e6),
+        on="costs",
     ),
-    Column("parameters", "Weights of the network.", lambda e: f"{e.evaluation.model.parameters:,}"),
-    Column("role", "What the entry is to the comparison; of the candidates one is chosen.", lambda e: e.evaluation.role),
+    Column("parameters", "Weights of the network.", lambda e: f"{e.evaluation.model.parameters:,}", on="costs"),
 )
 
 

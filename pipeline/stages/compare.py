@@ -27,6 +27,8 @@ class Compare(Section):
 
     title: str = "Comparison"
     """The report's title."""
+    licence: str | None = None
+    """What the images may be used for, in your words: it stands in the report's data card."""
     margin: float = Field(0.01, ge=0, lt=1)
     """Two entries that the test does not separate are equivalent if they differ by less, for certain; 0.01 is one point."""
     baseline: Annotated[str, Names("evaluate")]
@@ -53,7 +55,7 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
         (tmp / "pairs.csv").write_text(pairs_as_csv(whole))
         (tmp / "table.md").write_text(as_markdown(compared, notes))
         comparison.write(tmp, whole)
-        (tmp / "report.html").write_text(render(whole, compared, notes, evaluations.parent, out))
+        (tmp / "report.html").write_text(render(whole, compared, notes, evaluations.parent, out, params.licence))
     print_table(params.title, compared, told(whole))
     _say_leaks(evaluations.parent)
     return {

@@ -104,6 +104,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
                 "macs": 12_281_088,
                 "input": 32,
                 "exit": None,
+                "mirror": False,
             },
             "training": {
                 "stage": "teach" if name in ("teacher", "baseline") else "distil",
@@ -557,6 +558,35 @@ def test_names_from_outside_cannot_break_the_page(write: Write, tmp_path: Path) 
     assert "<b>&$x^2$ 3" in page.text
 
 
+def test_every_column_and_every_pair_is_on_the_page(four: Path) -> None:
+    out, _ = run(four)
+    html = (out / "report.html").read_text()
+    first = [row.split("</tr>", 1)[0] for row in html.split('<th scope="row">ssld')[1:3]]
+    titles = [title for row in first for title in re.findall(r'data-label="([^"]+)"', row)]
+    assert sorted(titles) == sorted(c.title for c in COLUMNS)
+    listed = re.findall(r'<tr><th scope="row">(\w+)</th><td data-label="against">(\w+)</td>', html)
+    candidates = [(a, b) for a in ("ssld", "finetune") for b in ENTRIES if a != b]
+    assert sorted(map(sorted, listed)) == sorted(map(sorted, {*map(frozenset, candidates), frozenset(("teacher", "baseline"))}))
+    assert listed[0] == ("ssld", "baseline")
+
+
+def test_the_other_pairs_are_folded_away(four: Path, write: Write) -> None:
+    write("random")
+    out, _ = run(four, (*ENTRIES, "random"))
+    html = (out / "report.html").read_text()
+    listed, folded = html[html.index('id="pairs"') :].split("All 10 pairs</summary>")
+    assert ("random", "teacher") not in re.findall(r'<th scope="row">(\w+)</th><td data-label="against">(\w+)</td>', listed)
+    assert len(re.findall(r'data-label="against"', folded.split("</details>")[0])) == 10
+
+
+def test_the_data_card_says_where_the_images_came_from_and_what_became_of_them(four: Path) -> None:
+    out, _ = run(four)
+    text = Page((out / "report.html").read_text()).text
+    assert "licencenot said" in text
+    said, _ = run(four, licence="research only")
+    assert "licenceresearch only" in Page((said / "report.html").read_text()).text
+
+
 def test_of_many_classes_those_are_shown_on_which_entries_differ_most(write: Write, tmp_path: Path) -> None:
     for name in ENTRIES:
         write(name, classes=100)
@@ -597,8 +627,9 @@ def test_agreement_is_that_with_the_row_of_the_teacher(four: Path) -> None:
 def test_the_colour_is_in_the_column_of_the_differences(four: Path) -> None:
     out, _ = run(four)
     row = (out / "report.html").read_text().split('<th scope="row">ssld', 1)[1].split("</tr>", 1)[0]
-    cells = re.findall(r'<td( class="better")?>', row)
-    assert [c.title for c, cell in zip(COLUMNS, cells, strict=False) if cell] == ["vs baseline"]
+    cells = dict(re.findall(r'<td data-label="([^"]+)"( class="better")?>', row))
+    assert cells.keys() < {c.title for c in COLUMNS}
+    assert [title for title, coloured in cells.items() if coloured] == ["vs baseline"]
 
 
 def test_compute_is_counted_of_the_training_and_of_a_prediction(four: Path) -> None:
