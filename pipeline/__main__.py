@@ -1,6 +1,7 @@
 """What can be said of params.yaml without running a stage.
 
-python -m pipeline check [--params FILE]     the mistakes in keys, values and names, all at once; exit status 2 if there is one
+python -m pipeline check [--params FILE]     the mistakes in keys, values and names, all at once; exit status 2 if there is one;
+                                             a dvc.lock that a kill left broken is put back
 python -m pipeline schema                    write params.schema.json, by which editors complete and check
 python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
 """
@@ -19,9 +20,10 @@ import yaml
 from pydantic.json_schema import models_json_schema
 
 from pipeline.errors import UserError
+from pipeline.harness import lockfile
 from pipeline.harness.machine import Machine
 from pipeline.harness.reference import Row, rows, summary, told
-from pipeline.harness.stage import PARAMS_FILE, WRONG_INPUT, is_out
+from pipeline.harness.stage import PARAMS_FILE, WORK, WRONG_INPUT, is_out
 from pipeline.report.evaluation import not_a_baseline
 from pipeline.store import params
 from pipeline.store.params import NEEDED, SHELVES, SINGLE, STAGES, Names, ParamsError, Section
@@ -43,6 +45,8 @@ def main() -> None:
     elif args.do == "reference":
         REFERENCE.write_text(reference())
     else:
+        if told_of_lock := lockfile.mend(WORK):
+            sys.stderr.write(f"{told_of_lock}\n")
         try:
             check(args.params)
         except UserError as error:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.errors import UserError
-from pipeline.harness import ranks, reference
+from pipeline.harness import lockfile, ranks, reference
 from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal, open_journal
 from pipeline.harness.machine import Machine
@@ -96,6 +96,8 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         ranks.launch(machine.processes, f"pipeline.stages.{stage}", argv)
     first = ranks.is_first()
     artifact.discard.set(not first)
+    if first and "DVC_ROOT" in os.environ:
+        lockfile.keep(WORK)
     named = {name: Path(getattr(args, name)) for name in paths}
     outs = {name: path for name, path in named.items() if is_out(name)}
     inputs = {name: path for name, path in named.items() if not is_out(name)}
