@@ -1,7 +1,6 @@
 """The decisions of the leak check: which of the images that `search` found go, and the pool and the other sets without them."""
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -94,13 +93,9 @@ def _check_classes(name: str, before: Manifest, after: Manifest) -> None:
 
 
 def _metrics(audit: pa.Table, sets: dict[str, Manifest], kept: dict[str, Manifest]) -> Row:
-    """Distinct images by outcome; an image counts once for a relation, by its strongest outcome there."""
-
-    def distinct(relation: str, outcome: str, without: Iterable[str] = ()) -> set[str]:
-        where = pc.and_(pc.equal(audit["relation"], relation), pc.equal(audit["outcome"], outcome))
-        return set(audit["id"].filter(where).to_pylist()).difference(*(distinct(relation, other) for other in without))
-
-    copies = {f"{relation.replace('-', '_')}_copies": len(distinct(relation, "copy")) for relation in decision.REPORTED}
+    """Images by outcome, as `findings.counts` counts them."""
+    images = findings.counts(audit)
+    copies = {f"{relation.replace('-', '_')}_copies": images[relation, "copy"] for relation in decision.REPORTED}
     of_val = audit.filter(pc.and_(pc.equal(audit["relation"], "pool-val"), pc.equal(audit["outcome"], "copy")))
     return {
         **{name: len(images) for name, images in sets.items()},
@@ -108,12 +103,12 @@ def _metrics(audit: pa.Table, sets: dict[str, Manifest], kept: dict[str, Manifes
         "train_removed": len(sets["train"]) - len(kept["train"]),
         "holdout_removed": len(sets["holdout"]) - len(kept["holdout"]),
         **copies,
-        "review": len(distinct("pool-val", "review", ["copy"])),
-        "train_review": len(distinct("train-val", "review", ["copy"])),
-        "alike": len(distinct("pool-val", "alike", ["copy"])),
-        "unverifiable": len(distinct("pool", "unverifiable")),
-        "val_unverifiable": len(distinct("val", "unverifiable")),
-        "duplicates": len(distinct("pool-pool", "copy")),
+        "review": images["pool-val", "review"],
+        "train_review": images["train-val", "review"],
+        "alike": images["pool-val", "alike"],
+        "unverifiable": images["pool", "unverifiable"],
+        "val_unverifiable": images["val", "unverifiable"],
+        "duplicates": images["pool-pool", "copy"],
         "overrides": len(set(audit["id"].filter(pc.is_valid(audit["override"])).to_pylist())),
         "val_with_a_leak": len(set(of_val["match_id"].drop_null().to_pylist())),
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -252,6 +253,9 @@ def test_a_person_has_the_last_word_and_the_audit_says_so(tmp_path: Path):
         ("id,action,reason\np0,drop,x\n", "line 2: .* must be an id, `keep` or `remove`"),
         ("id,action,reason\np0,keep, \n", "line 2: .* a reason"),
         ("id,action,reason\np0,keep,a\np0,remove,b\n", "line 3: .* decided on twice"),
+        ('id,action,reason\n\np0,keep,"two\nlines"\np0,remove,b\n', "line 5: .* decided on twice"),
+        ('id,action,reason\np0,keep,"a\n', "line 2: .* quote missing"),
+        ("id;action;reason\np0;keep\n", "line 2: .* must be an id"),
         ("id,action,reason\nnobody,keep,a\n", "have one with the id nobody"),
     ],
 )
@@ -261,6 +265,42 @@ def test_a_wrong_override_stops_the_run_and_names_the_line(tmp_path: Path, text:
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         decision.read_overrides(file, {"pool": pool, "train": pool, "holdout": pool})
+
+
+@pytest.mark.parametrize("comma", [",", ";"])
+def test_overrides_from_a_spreadsheet_are_understood(tmp_path: Path, comma: str):
+    pool = manifest.read(manifest_of(tmp_path / "pool", {"größe, 1": b"x", "p": b"y"}))
+    file = tmp_path / "overrides.csv"
+    rows = [["id", "action", "reason"], ['"größe, 1"', "keep", '"says ""copy""\nbut; is none "'], ["p", "remove", "ja"]]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(comma.join, rows)).encode() + b"\r\n\r\n")
+    read = decision.read_overrides(file, {"pool": pool, "train": pool, "holdout": pool})
+    assert read == {"größe, 1": ("pool", "keep", 'says "copy"\nbut; is none'), "p": ("pool", "remove", "ja")}
+    assert list(read) == ["größe, 1", "p"]
+
+
+@pytest.mark.parametrize(("encoding", "line"), [("latin-1", 3), ("utf-16", 1)])
+def test_overrides_in_another_encoding_are_refused_with_the_line(tmp_path: Path, encoding: str, line: int):
+    pool = manifest.read(manifest_of(tmp_path / "pool", {"p": b"x"}))
+    file = tmp_path / "overrides.csv"
+    file.write_bytes("id,action,reason\np,keep,a\nq,keep,größe\n".encode(encoding))
+    with pytest.raises(UserError, match=f"overrides.csv, line {line}: this is not UTF-8. Save the table as `CSV UTF-8`"):
+        decision.read_overrides(file, {"pool": pool, "train": pool, "holdout": pool})
+
+
+def test_an_image_counts_once_in_a_relation_by_its_strongest_outcome():
+    rows = [
+        ("pool-val", "a", "v0", "review"),
+        ("pool-val", "a", "v1", "copy"),
+        ("pool-val", "b", "v0", "review"),
+        ("pool-val", "b", "v1", "review"),
+        ("pool-val", "b", "v2", "alike"),
+        ("pool-train", "a", "t0", "review"),
+        ("val", "b", None, "unverifiable"),
+    ]
+    audit = pa.Table.from_pylist([dict(zip(("relation", "id", "match_id", "outcome"), row, strict=True)) for row in rows])
+    assert findings.strongest(audit) == ["copy", "copy", "review", "review", "review", "review", "unverifiable"]
+    counted = {("pool-val", "copy"): 1, ("pool-val", "review"): 1, ("pool-train", "review"): 1, ("val", "unverifiable"): 1}
+    assert findings.counts(audit) == counted
 
 
 def test_copies_within_the_pool_collapse_to_the_largest(tmp_path: Path):
