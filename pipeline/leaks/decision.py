@@ -185,8 +185,7 @@ def kept_by(relation: str, outcome: str, params: Dedup) -> str | None:
 
 def _images(audit: pa.Table) -> list[tuple[str, str]]:
     """The set and the id of the image that each finding is about."""
-    of = [relation.partition("-")[0] for relation in audit["relation"].to_pylist()]
-    return list(zip(of, audit["id"].to_pylist(), strict=True))
+    return list(map(image_of, audit["relation"].to_pylist(), audit["id"].to_pylist()))
 
 
 Image = tuple[str, str]
@@ -212,13 +211,11 @@ def one_layout_in_review(found: pa.Table, sets: Mapping[str, Manifest]) -> pa.Ta
     )
     rows = found.filter(pc.and_(near, pc.is_valid(found["match_id"]))).to_pylist()
     same = found.filter(pc.and_(copy, whole)).select(["relation", "id", "match_id"]).to_pylist()
-    leader = _leaders(
-        (_ends(row) for row in same if row["relation"].startswith("pool-") == (row["relation"] == "pool-pool")), str
-    )
-    extent = _extents({end for row in rows for end in _ends(row)}, sets)
+    leader = _leaders((ends(row) for row in same if row["relation"].startswith("pool-") == (row["relation"] == "pool-pool")), str)
+    extent = extents({end for row in rows for end in ends(row)}, sets)
     partners: dict[tuple[bool, Image], dict[Image, np.ndarray]] = defaultdict(dict)  # the box in which each lies
     for row in rows:
-        (image, match), crowd = _ends(row), row["relation"] == "pool-pool"
+        (image, match), crowd = ends(row), row["relation"] == "pool-pool"
         forth = np.reshape(row["transform"] or np.eye(3), (3, 3))
         partners[crowd, image][match] = _box(forth, extent[match], extent[image])
         if crowd or image[0] != "pool":
@@ -230,7 +227,7 @@ def one_layout_in_review(found: pa.Table, sets: Mapping[str, Manifest]) -> pa.Ta
 
     doubtful = set()
     for row in rows:
-        image, match = _ends(row)
+        image, match = ends(row)
         crowd = row["relation"] == "pool-pool"
         is_both = crowd or image[0] != "pool"
         if crowded((crowd, image), match) or (is_both and crowded((crowd, match), image)):
@@ -240,20 +237,25 @@ def one_layout_in_review(found: pa.Table, sets: Mapping[str, Manifest]) -> pa.Ta
     return found.set_column(found.column_names.index("outcome"), "outcome", pc.if_else(review, "review", found["outcome"]))
 
 
-def _ends(row: Row) -> tuple[Image, Image]:
+def image_of(relation: str, image: str) -> Image:
+    return relation.partition("-")[0], image
+
+
+def ends(row: Row) -> tuple[Image, Image]:
+    """The image that a finding is about, and its match."""
     of, _, other = row["relation"].partition("-")
     return (of, row["id"]), (other, row["match_id"])
 
 
-def _extents(images: set[Image], sets: Mapping[str, Manifest]) -> dict[Image, np.ndarray]:
+def extents(images: set[Image], sets: Mapping[str, Manifest]) -> dict[Image, np.ndarray]:
     """Width and height in units of the longest side."""
     found: dict[Image, np.ndarray] = {}
     for name in {name for name, _ in images}:
-        ids = [image for of, image in images if of == name]
         table = sets[name].table
-        sides = table.select(["width", "height"]).take(pc.index_in(pa.array(ids), table["id"].combine_chunks()))
+        # The ids are looked for in one pass through the set, which may be large.
+        sides = table.filter(pc.is_in(table["id"], pa.array([image for of, image in images if of == name], pa.string())))
         both = np.stack([sides[side].to_numpy() for side in ("width", "height")], 1)
-        found |= {(name, image): side / max(side) for image, side in zip(ids, both, strict=True)}
+        found |= {(name, image): side / max(side) for image, side in zip(sides["id"].to_pylist(), both, strict=True)}
     return found
 
 

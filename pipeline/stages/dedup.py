@@ -9,10 +9,10 @@ import pyarrow.compute as pc
 
 from pipeline.errors import UserError
 from pipeline.harness import stage
-from pipeline.leaks import decision, findings
+from pipeline.harness.machine import Machine
+from pipeline.leaks import decision, findings, gallery
 from pipeline.leaks.decision import Dedup
 from pipeline.leaks.findings import Row
-from pipeline.leaks.gallery import page
 from pipeline.store import artifact, manifest
 from pipeline.store.manifest import Manifest
 
@@ -31,14 +31,15 @@ def run(
     train_out: Path,
     leaks_out: Path,
     gallery_out: Path,
+    machine: Machine,
 ) -> stage.Metrics:
     """Remove from the pool every image that is a copy of a validation, held-out or labelled image.
 
     `train_out`, `holdout_out`: those images, without copies of images that measure if the params ask for it. Where none goes it
     is the artifact `train` or `holdout` byte for byte: nothing made from it is stale when only the pool's findings change.
     `leaks_out`: `leaks.parquet`, one row per finding, and `val_copies.parquet`, where the copies of validation images are
-    (docs/dedup.md). `gallery_out`: the findings as a page to look at. `overrides`: a CSV of id, action (keep or remove) and
-    reason, by which a person has the last word.
+    (docs/dedup.md). `gallery_out`: a page in which a person decides about the findings. `overrides`: a CSV of
+    id, action (keep or remove) and reason, by which a person has the last word.
     """
     sources = {"pool": pool, "train": train, "holdout": holdout, "val": val}
     sets = {name: manifest.read(source) for name, source in sources.items()}
@@ -61,7 +62,8 @@ def run(
         findings.write(tmp, audit)
         findings.write_val_copies(tmp, decision.val_copies(audit), searched)
     with artifact.writing(gallery_out) as tmp:
-        (tmp / "index.html").write_text(page(audit, sets, params, warnings))
+        search, workers = artifact.identity(found), machine.cores(machine.workers)
+        gallery.write(tmp, audit, sets, params, decisions, warnings, search, workers)
     for sentence in warnings:
         sys.stderr.write(f"LEAK: {sentence}\n")
     return metrics | {"warnings": warnings or None}
