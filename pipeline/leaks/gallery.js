@@ -17,6 +17,7 @@ const gallery = (() => {
   let log = []; // [id, action, reason], in the order of the decisions; the last word on an image counts
   let decided = new Map(); // id -> {action, reason}, what the log comes to
   let key = ""; // of the log in localStorage
+  let passes = () => true; // what the filters ask of a group and a finding
   let shown = []; // groups that pass the filters, in their order
   let cards = new Map(); // group -> element, of this page
   let current = 0; // the place in `shown`
@@ -171,7 +172,6 @@ const gallery = (() => {
 
   // After a change of decisions or filters: the list, the counts, the page.
   function refresh() {
-    const passes = asked();
     const fitting = groups.filter((group) => group.findings.some((finding) => passes(group, finding)));
     const wanted = form().state.value;
     shown = fitting.filter((group) => !wanted || state(group) === wanted).sort(ORDERS[form().order.value]);
@@ -251,11 +251,12 @@ const gallery = (() => {
       });
     }
     const matches = element.querySelector(".matches"), more = element.querySelector(".more");
-    matches.append(...group.findings.slice(0, MATCHES).map((finding) => figure(group, finding)));
-    more.hidden = group.findings.length <= MATCHES;
-    more.textContent = `${number(group.findings.length - MATCHES)} more`;
+    const findings = [true, false].flatMap((fits) => group.findings.filter((finding) => passes(group, finding) === fits));
+    matches.append(...findings.slice(0, MATCHES).map((finding) => figure(group, finding)));
+    more.hidden = findings.length <= MATCHES;
+    more.textContent = `${number(findings.length - MATCHES)} more`;
     more.addEventListener("click", () => {
-      matches.append(...group.findings.slice(MATCHES).map((finding) => figure(group, finding)));
+      matches.append(...findings.slice(MATCHES).map((finding) => figure(group, finding)));
       more.hidden = true;
     });
     return element;
@@ -412,6 +413,8 @@ const gallery = (() => {
       action();
     });
     const filtered = () => {
+      passes = asked();
+      cards.clear(); // the matches that pass come first
       current = 0;
       refresh();
     };

@@ -215,6 +215,11 @@ def test_filters_and_counts_are_those_of_the_audit(work: Bench, browser: Browser
         assert passing(rule=findings.TOO_FEW) == {"broken"}
         assert passing(**{"class": "thing"}) == {"p07"}
         assert passing(text="v3") == {"p07"}
+        page.select_option("[name=rule]", "shared features")
+        page.fill("[name=text]", "p07")
+        assert page.locator(".match").all_text_contents() == ["in t0 (train, thing)", "in v1 (val)"], "what passes comes first"
+        page.select_option("[name=rule]", "")
+        page.fill("[name=text]", "")
         page.select_option("[name=order]", "high")
         assert names(page)[:2] == [HOSTILE, "p07"]
         page.select_option("[name=order]", "matches")
