@@ -15,11 +15,11 @@ from playwright.sync_api import Browser, Page, expect
 from pipeline.leaks import decision, features, findings, gallery, thumbnails
 from pipeline.store import artifact, decode
 from tests.browser import WIDTHS, is_cut, opened
-from tests.leaks.bench import Bench, png
+from tests.leaks.bench import Bench, manifest_of, png
 from tests.photographs import photograph
 
 HOSTILE = '<img src=x onerror=alert(1)>, "q"\nb & c.png'
-CLASSES = ["<b>bird</b>", "it's & ship"]
+CLASS = '<b>it\'s</b> & "bird"'
 
 
 def row(relation: str, image: str, match: str | None = None, outcome: str = "review", score: float | None = 0.6) -> findings.Row:
@@ -243,13 +243,14 @@ def test_review_comes_first_and_the_matches_of_an_image_stand_together(work: Ben
 
 
 def test_foreign_text_is_shown_as_text(tmp_path: Path, browser: Browser):
-    found = [row("pool-val", HOSTILE, "<script>alert(1)</script>")]
-    work = written(tmp_path, found, pool={HOSTILE: photograph(1)}, val={"<script>alert(1)</script>": photograph(2)})
-    work.overrides.write_text("id,action,reason\n")
+    script = "</script><script>alert(1)</script>"
+    work = written(tmp_path, [row("pool-train", HOSTILE, script)], pool={HOSTILE: photograph(1)})
+    work.inputs["train"] = manifest_of(tmp_path / "labelled", {script: photograph(2)}, 0, [CLASS])
     work.decide()
     with opened(browser, page_of(work)) as page:
         assert names(page) == [HOSTILE]
-        assert "<script>alert(1)</script>" in page.inner_text(".match")
+        assert page.inner_text(".match") == f"in {script} (train, {CLASS})"
+        page.select_option("[name=class]", CLASS)
         page.fill("#reason", ' "a, b" ')
         page.click(".card .keep")
         with page.expect_download() as download:
