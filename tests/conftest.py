@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from playwright.sync_api import Browser
+
+from tests.browser import started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,3 +21,10 @@ def same_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """For one file of tests: while it is open, its thread has an event loop, which asyncio.run of other files would refuse."""
+    with started() as browser:
+        yield browser

@@ -1,4 +1,4 @@
-"""A good copy of dvc.lock. DVC empties that file before it writes it: a kill or a full disk then leaves half of it, or nothing."""
+"""A good copy of dvc.lock. DVC empties that file before it writes it: a kill or a full disk then leaves half, or nothing."""
 
 import shutil
 import time
@@ -41,7 +41,7 @@ def mend(copies: Path) -> str | None:
         )
     broken = LOCK.with_name("dvc.lock.broken")
     LOCK.replace(broken)
-    return f"dvc.lock was broken, as by a kill while DVC wrote it, and there is no copy: it is {broken} now. DVC looks into its cache."
+    return f"dvc.lock was broken, as by a kill while DVC wrote it, and there is no copy: it is {broken} now; DVC has its cache."
 
 
 def is_whole(file: Path) -> bool:

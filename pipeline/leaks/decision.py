@@ -1,9 +1,10 @@
 """From findings to decisions: which image goes, by which rule or by whose word."""
 
 import csv
+import io
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -51,28 +52,29 @@ class Override(NamedTuple):
 REMOVABLE = ("pool", "train", "holdout")
 
 
-def read_overrides(file: Path, sets: Mapping[str, Manifest]) -> dict[str, Override]:
-    """{id: Override} of a CSV with the columns id, action (keep or remove) and reason.
+HEADER = ["id", "action", "reason"]
+"""The columns of data/overrides.csv."""
 
-    Raises UserError, naming the line, for anything else, for a missing reason, and for an id in neither pool, train nor holdout.
+
+def read_overrides(file: Path, sets: Mapping[str, Manifest]) -> dict[str, Override]:
+    """{id: Override}, in the file's order, of a CSV with the columns id, action (keep or remove) and reason.
+
+    What a spreadsheet writes is understood, too: a byte-order mark, and semicolons for commas. Raises UserError, naming the line,
+    for anything else, for a missing reason, for text that is not UTF-8, and for an id in neither pool, train nor holdout.
     """
-    with file.open(newline="") as f:
-        lines = csv.reader(f)
-        header = next(lines, [])
-        if header != ["id", "action", "reason"]:
-            raise UserError(f"{file}: the first line must be `id,action,reason`; it is `{','.join(header)}`.")
-        found: dict[str, tuple[str, str]] = {}
-        for number, line in enumerate(lines, 2):
-            where = f"{file}, line {number}"
-            if len(line) != 3 or line[1] not in ("keep", "remove") or not line[2].strip():
-                raise UserError(f"{where}: `{','.join(line)}` must be an id, `keep` or `remove`, and a reason (quote commas).")
-            if line[0] in found:
-                raise UserError(f"{where}: the image {line[0]} is decided on twice. Keep one of the two lines.")
-            found[line[0]] = (line[1], line[2].strip())
-    ids = pa.array(list(found), pa.string())
-    of: dict[str, str] = {}
-    for name in reversed(REMOVABLE):
-        of |= dict.fromkeys(ids.filter(pc.is_in(ids, sets[name].table["id"].combine_chunks())).to_pylist(), name)
+    lines = _csv(file)
+    _, header = next(lines, (1, []))
+    if header != HEADER:
+        raise UserError(f"{file}: the first line must be `id,action,reason`; it is `{','.join(header)}`.")
+    found: dict[str, tuple[str, str]] = {}
+    for number, line in lines:
+        where = f"{file}, line {number}"
+        if len(line) != 3 or line[1] not in ("keep", "remove") or not line[2].strip():
+            raise UserError(f"{where}: `{','.join(line)}` must be an id, `keep` or `remove`, and a reason (quote commas).")
+        if line[0] in found:
+            raise UserError(f"{where}: the image {line[0]} is decided on twice. Keep one of the two lines.")
+        found[line[0]] = (line[1], line[2].strip())
+    of = set_of(found, sets)
     for image in found:
         if image not in of:
             raise UserError(
@@ -80,6 +82,33 @@ def read_overrides(file: Path, sets: Mapping[str, Manifest]) -> dict[str, Overri
                 "Correct or remove the line."
             )
     return {image: Override(of[image], *said) for image, said in found.items()}
+
+
+def _csv(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV, each with the number of its last line. Empty lines are left out."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}, line {line}: this is not UTF-8. Save the table as `CSV UTF-8`.") from None
+    records = csv.reader(io.StringIO(text, newline=""), delimiter=";" if text.startswith(";".join(HEADER)) else ",", strict=True)
+    try:
+        for record in records:
+            if record:
+                yield records.line_num, record
+    except csv.Error as error:
+        raise UserError(f"{file}, line {records.line_num}: {error}. Is a quote missing? One inside a field is doubled.") from None
+
+
+def set_of(images: Iterable[str], sets: Mapping[str, Manifest]) -> dict[str, str]:
+    """{id: set} of those images on which a person can decide: of the pool, else of train, else of holdout."""
+    ids = pa.array(images, pa.string())
+    of: dict[str, str] = {}
+    for name in reversed(REMOVABLE):
+        # The ids are what is looked for in the pool, not the other way round: the pool may be large.
+        table = sets[name].table["id"]
+        of |= dict.fromkeys(table.filter(pc.is_in(table, ids)).to_pylist(), name)
+    return of
 
 
 REPORTED = ("pool-val", "pool-holdout", "pool-train", "train-val", "train-holdout", "holdout-val", "val-val")
@@ -156,8 +185,7 @@ def kept_by(relation: str, outcome: str, params: Dedup) -> str | None:
 
 def _images(audit: pa.Table) -> list[tuple[str, str]]:
     """The set and the id of the image that each finding is about."""
-    of = [relation.partition("-")[0] for relation in audit["relation"].to_pylist()]
-    return list(zip(of, audit["id"].to_pylist(), strict=True))
+    return list(map(image_of, audit["relation"].to_pylist(), audit["id"].to_pylist()))
 
 
 Image = tuple[str, str]
@@ -183,13 +211,11 @@ def one_layout_in_review(found: pa.Table, sets: Mapping[str, Manifest]) -> pa.Ta
     )
     rows = found.filter(pc.and_(near, pc.is_valid(found["match_id"]))).to_pylist()
     same = found.filter(pc.and_(copy, whole)).select(["relation", "id", "match_id"]).to_pylist()
-    leader = _leaders(
-        (_ends(row) for row in same if row["relation"].startswith("pool-") == (row["relation"] == "pool-pool")), str
-    )
-    extent = _extents({end for row in rows for end in _ends(row)}, sets)
+    leader = _leaders((ends(row) for row in same if row["relation"].startswith("pool-") == (row["relation"] == "pool-pool")), str)
+    extent = extents({end for row in rows for end in ends(row)}, sets)
     partners: dict[tuple[bool, Image], dict[Image, np.ndarray]] = defaultdict(dict)  # the box in which each lies
     for row in rows:
-        (image, match), crowd = _ends(row), row["relation"] == "pool-pool"
+        (image, match), crowd = ends(row), row["relation"] == "pool-pool"
         forth = np.reshape(row["transform"] or np.eye(3), (3, 3))
         partners[crowd, image][match] = _box(forth, extent[match], extent[image])
         if crowd or image[0] != "pool":
@@ -201,7 +227,7 @@ def one_layout_in_review(found: pa.Table, sets: Mapping[str, Manifest]) -> pa.Ta
 
     doubtful = set()
     for row in rows:
-        image, match = _ends(row)
+        image, match = ends(row)
         crowd = row["relation"] == "pool-pool"
         is_both = crowd or image[0] != "pool"
         if crowded((crowd, image), match) or (is_both and crowded((crowd, match), image)):
@@ -211,20 +237,25 @@ def one_layout_in_review(found: pa.Table, sets: Mapping[str, Manifest]) -> pa.Ta
     return found.set_column(found.column_names.index("outcome"), "outcome", pc.if_else(review, "review", found["outcome"]))
 
 
-def _ends(row: Row) -> tuple[Image, Image]:
+def image_of(relation: str, image: str) -> Image:
+    return relation.partition("-")[0], image
+
+
+def ends(row: Row) -> tuple[Image, Image]:
+    """The image that a finding is about, and its match."""
     of, _, other = row["relation"].partition("-")
     return (of, row["id"]), (other, row["match_id"])
 
 
-def _extents(images: set[Image], sets: Mapping[str, Manifest]) -> dict[Image, np.ndarray]:
+def extents(images: set[Image], sets: Mapping[str, Manifest]) -> dict[Image, np.ndarray]:
     """Width and height in units of the longest side."""
     found: dict[Image, np.ndarray] = {}
     for name in {name for name, _ in images}:
-        ids = [image for of, image in images if of == name]
         table = sets[name].table
-        sides = table.select(["width", "height"]).take(pc.index_in(pa.array(ids), table["id"].combine_chunks()))
+        # The ids are looked for in one pass through the set, which may be large.
+        sides = table.filter(pc.is_in(table["id"], pa.array([image for of, image in images if of == name], pa.string())))
         both = np.stack([sides[side].to_numpy() for side in ("width", "height")], 1)
-        found |= {(name, image): side / max(side) for image, side in zip(ids, both, strict=True)}
+        found |= {(name, image): side / max(side) for image, side in zip(sides["id"].to_pylist(), both, strict=True)}
     return found
 
 

@@ -1,5 +1,6 @@
 """The format of findings: one row for each image found in another, as the search measures it and `dedup` decides on it."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,26 @@ SAME_BYTES = "same bytes"
 ALIKE = {"near": 0.9, "nearer": 0.8}
 """The correlation of thumbnails from which on an image is a look-alike, by strictness."""
 LEAST_ALIKE = min(ALIKE.values())
+
+
+STRENGTH = ("copy", "by hand", "review", "unverifiable", "alike")
+"""The outcomes of an audit: of those that an image has in one relation the first counts."""
+
+
+def strongest(audit: pa.Table) -> list[str]:
+    """For each row of an audit the outcome by which its image counts in its relation."""
+    images = list(zip(audit["relation"].to_pylist(), audit["id"].to_pylist(), strict=True))
+    ranks = [STRENGTH.index(outcome) for outcome in audit["outcome"].to_pylist()]
+    best: dict[tuple[str, str], int] = {}
+    for image, rank in zip(images, ranks, strict=True):
+        best[image] = min(rank, best.get(image, rank))
+    return [STRENGTH[best[image]] for image in images]
+
+
+def counts(audit: pa.Table) -> Counter[tuple[str, str]]:
+    """Images by (relation, outcome): what the console, the report and the gallery say. An image counts once in a relation."""
+    columns = (audit["relation"].to_pylist(), strongest(audit), audit["id"].to_pylist())
+    return Counter((relation, outcome) for relation, outcome, _ in set(zip(*columns, strict=True)))
 
 
 def unverifiable_row(row: int, reason: str) -> Row:

@@ -70,7 +70,7 @@ def show(out: Path) -> None:
     _say_leaks(out.parents[1])
     gallery = gallery_of(out.parents[1])
     sys.stderr.write(f"\nreport   {out / 'report.html'}\n")
-    sys.stderr.write(f"gallery  {gallery}: what was removed from the pool, and why\n" if gallery.exists() else "")
+    sys.stderr.write(f"gallery  {gallery}: what the leak check found, and where to decide about it\n" if gallery.exists() else "")
     sys.stderr.write(f"runs     {MLFLOW}\n")
 
 

@@ -1,7 +1,6 @@
 """The decisions of the leak check: which of the images that `search` found go, and the pool and the other sets without them."""
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,10 @@ import pyarrow.compute as pc
 
 from pipeline.errors import UserError
 from pipeline.harness import stage
-from pipeline.leaks import decision, findings
+from pipeline.harness.machine import Machine
+from pipeline.leaks import decision, findings, gallery
 from pipeline.leaks.decision import Dedup
 from pipeline.leaks.findings import Row
-from pipeline.leaks.gallery import page
 from pipeline.store import artifact, manifest
 from pipeline.store.manifest import Manifest
 
@@ -32,14 +31,15 @@ def run(
     train_out: Path,
     leaks_out: Path,
     gallery_out: Path,
+    machine: Machine,
 ) -> stage.Metrics:
     """Remove from the pool every image that is a copy of a validation, held-out or labelled image.
 
     `train_out`, `holdout_out`: those images, without copies of images that measure if the params ask for it. Where none goes it
     is the artifact `train` or `holdout` byte for byte: nothing made from it is stale when only the pool's findings change.
     `leaks_out`: `leaks.parquet`, one row per finding, and `val_copies.parquet`, where the copies of validation images are
-    (docs/dedup.md). `gallery_out`: the findings as a page to look at. `overrides`: a CSV of id, action (keep or remove) and
-    reason, by which a person has the last word.
+    (docs/dedup.md). `gallery_out`: a page in which a person decides about the findings. `overrides`: a CSV of
+    id, action (keep or remove) and reason, by which a person has the last word.
     """
     sources = {"pool": pool, "train": train, "holdout": holdout, "val": val}
     sets = {name: manifest.read(source) for name, source in sources.items()}
@@ -62,7 +62,8 @@ def run(
         findings.write(tmp, audit)
         findings.write_val_copies(tmp, decision.val_copies(audit), searched)
     with artifact.writing(gallery_out) as tmp:
-        (tmp / "index.html").write_text(page(audit, sets, params, warnings))
+        search, workers = artifact.identity(found), machine.cores(machine.workers)
+        gallery.write(tmp, audit, sets, params, decisions, warnings, search, workers)
     for sentence in warnings:
         sys.stderr.write(f"LEAK: {sentence}\n")
     return metrics | {"warnings": warnings or None}
@@ -94,13 +95,9 @@ def _check_classes(name: str, before: Manifest, after: Manifest) -> None:
 
 
 def _metrics(audit: pa.Table, sets: dict[str, Manifest], kept: dict[str, Manifest]) -> Row:
-    """Distinct images by outcome; an image counts once for a relation, by its strongest outcome there."""
-
-    def distinct(relation: str, outcome: str, without: Iterable[str] = ()) -> set[str]:
-        where = pc.and_(pc.equal(audit["relation"], relation), pc.equal(audit["outcome"], outcome))
-        return set(audit["id"].filter(where).to_pylist()).difference(*(distinct(relation, other) for other in without))
-
-    copies = {f"{relation.replace('-', '_')}_copies": len(distinct(relation, "copy")) for relation in decision.REPORTED}
+    """Images by outcome, as `findings.counts` counts them."""
+    images = findings.counts(audit)
+    copies = {f"{relation.replace('-', '_')}_copies": images[relation, "copy"] for relation in decision.REPORTED}
     of_val = audit.filter(pc.and_(pc.equal(audit["relation"], "pool-val"), pc.equal(audit["outcome"], "copy")))
     return {
         **{name: len(images) for name, images in sets.items()},
@@ -108,12 +105,12 @@ def _metrics(audit: pa.Table, sets: dict[str, Manifest], kept: dict[str, Manifes
         "train_removed": len(sets["train"]) - len(kept["train"]),
         "holdout_removed": len(sets["holdout"]) - len(kept["holdout"]),
         **copies,
-        "review": len(distinct("pool-val", "review", ["copy"])),
-        "train_review": len(distinct("train-val", "review", ["copy"])),
-        "alike": len(distinct("pool-val", "alike", ["copy"])),
-        "unverifiable": len(distinct("pool", "unverifiable")),
-        "val_unverifiable": len(distinct("val", "unverifiable")),
-        "duplicates": len(distinct("pool-pool", "copy")),
+        "review": images["pool-val", "review"],
+        "train_review": images["train-val", "review"],
+        "alike": images["pool-val", "alike"],
+        "unverifiable": images["pool", "unverifiable"],
+        "val_unverifiable": images["val", "unverifiable"],
+        "duplicates": images["pool-pool", "copy"],
         "overrides": len(set(audit["id"].filter(pc.is_valid(audit["override"])).to_pylist())),
         "val_with_a_leak": len(set(of_val["match_id"].drop_null().to_pylist())),
     }

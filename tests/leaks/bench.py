@@ -68,7 +68,8 @@ class Bench:
     def decide(self, **params: Any) -> Mapping[str, Any]:
         outs = {f"{name}_out": self.folder / "out" / name for name in ("pool", "holdout", "train", "leaks", "gallery")}
         found, overrides = self.folder / "found", self.overrides
-        return dedup.run(decision.Dedup(**params), found=found, **self.inputs, **outs, overrides=overrides)
+        places = {**self.inputs, **outs, "found": found, "overrides": overrides}
+        return dedup.run(decision.Dedup(**params), **places, machine=Machine(workers=1))
 
     def audit(self) -> list[dict[str, Any]]:
         return findings.read(artifact.verify(self.folder / "out" / "leaks")).to_pylist()
