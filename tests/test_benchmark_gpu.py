@@ -57,8 +57,8 @@ def test_every_piece_runs_on_a_bare_machine_once(tmp_path: Path) -> None:
     for row in found["scoring"]["rows"]:
         assert row["ours / bare, compiled, %"] == pytest.approx(row["ours, images/s"] / row["bare, compiled, images/s"], rel=1e-6)
     assert [len(row["loss, ten times"]) for row in found["large-batch"]["rows"]] == [8] * 6  # of 16 steps two a time, of 8 one
-    (row,) = found["cifar"]["rows"]
-    assert (row["labels"], row["images"]) == (8, "png")
+    assert [(row["labels"], row["images"]) for row in found["cifar"]["rows"]] == [(8, "png")] * 2
+    assert found["cifar"]["rows"][1]["parameters"] == 1_467_610 - 8 * 129  # two classes instead of ten
     start = time.monotonic()
     assert run(*args).returncode == 0
     assert time.monotonic() - start < 30
