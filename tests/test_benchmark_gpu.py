@@ -37,10 +37,11 @@ def run(*args: object, without: Path | None = None) -> subprocess.CompletedProce
     path = os.pathsep.join(map(str, filter(None, (without, ROOT))))
     line = [sys.executable, "-m", "benchmarks.gpu", *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.whole
+@pytest.mark.timeout(900)  # seconds; a minute on two idle cores
 def test_every_piece_runs_on_a_bare_machine_once(tmp_path: Path) -> None:
     bare = tmp_path / "bare" / "sitecustomize.py"  # read by the processes that the command starts, too
     bare.parent.mkdir()

@@ -142,12 +142,17 @@ def _training(work: Work, setting: Setting, folder: Path) -> Row:
     turns = Turns(setting, work.steps, rounds, lambda: repeated(work.steps))
 
     def loss(model: nn.Module, batch: views.Batch) -> Tensor:
-        turns.next()
         y = labels[torch.from_numpy(batch.rows).to(on.device)]
         return F.cross_entropy(model(inputs.normalise(batch.views, work.input)).float(), y)
 
+    viewer = views.viewer(work.input.size, view, 0, inputs.aspects(images))
+
+    def viewed(raw: Tensor, rows: np.ndarray, passes: np.ndarray) -> Tensor:
+        turns.next()  # not in `loss`, where autocast would keep the bare step's weights in its cache
+        return viewer(raw, rows, passes)
+
     fit.fit(
-        *(ours, loss, pixels, views.viewer(work.input.size, view, 0, inputs.aspects(images))),
+        *(ours, loss, pixels, viewed),
         *(plan.model_copy(update={"steps": turns.steps}), lambda _: {}),
         job=Job(0, _emptied(folder / "checkpoints"), Journal(), Machine()),
         device=replace(on, compile=how == "torch.compile"),
