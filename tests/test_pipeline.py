@@ -10,10 +10,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
+import timm
+import torch
 import yaml
+from dvc.utils.hydra import apply_overrides
 
+from pipeline.learning.loop.optimisers import freeze
+from pipeline.models import architectures
+from pipeline.models.inputs import Wanted
 from pipeline.store import artifact, manifest
-from tests.tiny import PARAMS
+from tests.tiny import PARAMS, jpegs, tar_of
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.whole, pytest.mark.timeout(1500)]  # seconds; on two idle cores all of it takes about one minute
@@ -159,3 +166,57 @@ def test_a_mistake_in_params_is_explained(house: House, tmp_path: Path, change: 
     _, output = mistaken.repro(ok=False)
     assert message in output
     assert "Traceback" not in output
+
+
+RECIPE = ROOT / "recipes" / "imagenet.yaml"
+MEASURED = ("resnet50d", "ssld_resnet50d_fix", "ssld_mobilenet_finetune")
+"""The evaluations of the recipe that are made: they are all alike."""
+
+
+def smaller(recipe: dict[str, Any]) -> list[str]:
+    """Overrides that leave of the recipe all but its sizes, the published weights, which need a network, and most evaluations."""
+    sizes: dict[str, Any] = {"machine.compile": False, "+machine.threads": 1, "+machine.workers": 1, "prepare.holdout": 0.25}
+    sizes |= {f"models.{name}.arch": "resnet8" for name in recipe["models"]} | {"models.teacher.pretrained": "null"}
+    sizes |= {"models.teacher.input.size": 32, "models.resnet50d_320.input.size": 48, "models.resnet50d_320.input.canvas": 56}
+    sizes |= {f"models.{name}.input.{key}": n for name in ("resnet50d", "mobilenet") for key, n in (("size", 32), ("canvas", 40))}
+    sizes |= {"select.top.k": 3, "pack.top.side": 40, "pack.train.side": 56, "label.top.views": 2}
+    for name, training in recipe["trainings"].items():
+        if training["steps"]:
+            sizes |= {f"trainings.{name}.steps": 2, f"trainings.{name}.batch": 8}
+    return [f"{key}={value}" for key, value in sizes.items()] + [
+        f"~evaluate.{e}" for e in recipe["evaluate"] if e not in MEASURED
+    ]
+
+
+def test_the_recipe_for_imagenet_runs_at_a_smaller_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_TRACKING", "off")
+    house = House(tmp_path)
+    shutil.copy(RECIPE, tmp_path / "params.yaml")
+    apply_overrides(tmp_path / "params.yaml", smaller(yaml.safe_load(RECIPE.read_text())))
+    two, size = ("n01440764", "n01443537"), (80, 64)
+    tar_of(tmp_path / "data/raw/imagenet1k-train-000.tar", jpegs(dict.fromkeys(two, 8), size))
+    tar_of(tmp_path / "data/raw/imagenet1k-val-000.tar", jpegs(dict.fromkeys(two, 3), size, seed=1))
+    tar_of(tmp_path / "data/raw/imagenet22k-000.tar", jpegs({"n00004475": 6, "n00005787": 6}, size, seed=2))
+    house.repro()
+    table = (tmp_path / "data/compare/results/table.md").read_text()
+    assert all(f"| {entry} " in table for entry in MEASURED)
+    packed = manifest.read(tmp_path / "data/pack/top")
+    assert set(packed.table["height"].to_pylist()) == {40}
+    assert len(packed) == 12 + len(manifest.read(tmp_path / "data/select/top"))
+    finetuned, fixed = (tmp_path / "data/distil" / name for name in ("resnet50d_finetune", "resnet50d_fix"))
+    assert json.loads((fixed / "model.json").read_text())["input"]["size"] == 48
+    before, after = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (finetuned, fixed))
+    assert {name for name in before if not before[name].equal(after[name])} == {"linear.weight", "linear.bias"}
+
+
+def test_the_networks_of_the_recipe_for_imagenet_are_timms() -> None:
+    recipe = yaml.safe_load(RECIPE.read_text())
+    teacher = recipe["models"]["teacher"]
+    assert teacher["arch"] in timm.list_pretrained()
+    with torch.device("meta"):
+        made = {name: architectures.create(network["arch"], 1000) for name, network in recipe["models"].items()}
+    published = architectures.timm_input(made["teacher"])
+    assert published is not None
+    assert Wanted(**teacher["input"]).fitted(published, True).side == 256
+    freeze(made["resnet50d_320"], tuple(recipe["trainings"]["fix"]["frozen"]))
+    assert {n for n, p in made["resnet50d_320"].named_parameters() if p.requires_grad} == {"fc.weight", "fc.bias"}

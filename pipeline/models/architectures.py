@@ -15,9 +15,11 @@ from pipeline.errors import UserError
 from pipeline.models import exits, precise
 from pipeline.models.airbench import Airbench
 from pipeline.models.inputs import Input
+from pipeline.models.wide import WideResNet
 
 SMALL = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 AIRBENCH, ENSEMBLE = "airbench", "ensemble"
+WIDE = re.compile(r"wrn(\d+)_([1-9]\d*)")
 STEM_3X3 = re.compile(r"((?:sk)?resnet(?:18|34|50|101|152))_3x3")
 
 
@@ -29,7 +31,8 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
     """A classifier (B, 3, S, S) float -> (B, classes) logits; with 0 classes an encoder -> (B, F) pooled features.
 
     `arch`: resnet8/14/20/32/44/56/110 (He et al. 2016, section 4.2, for 32 px images; options `shortcut`, `width`,
-    `stem_stride`); airbench (Jordan 2024, for 32 px images; option `widths`); resnet18_3x3, skresnet18_3x3, ... (timm's, with a
+    `stem_stride`); airbench (Jordan 2024, for 32 px images; option `widths`); wrn28_2 and other wide ResNets of
+    6n+4 layers, that many times as wide (for 32 px images); resnet18_3x3, skresnet18_3x3, ... (timm's, with a
     3x3 stem of stride 1 and no max-pooling); any name of timm.
     Twice as wide is `width: 32` for the small ones, `channels: [128, 256, 512, 1024]` for timm's resnet* and skresnet*
     (selective kernels). The option `exits` gives a ResNet exits after its stages: `all` makes an `exits.Exits`, which returns
@@ -47,15 +50,24 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
     if head_layers := options.pop("head_layers", 0):
         return HeadedClassifier(create(arch, 0, options, pretrained), head_layers, classes)
     try:
-        if pretrained and (arch in SMALL or arch == AIRBENCH):
+        wide = WIDE.fullmatch(arch)
+        if pretrained and (arch in SMALL or arch == AIRBENCH or wide):
             raise ModelError(f"`{arch}` has no published weights by name: give the file as `checkpoint`.")
         if arch in SMALL:
             return SmallResNet(SMALL[arch], classes, **options)
         if arch == AIRBENCH:
             return Airbench(classes, **options)
+        if wide:
+            return _wide(int(wide[1]), int(wide[2]), classes, **options)
         return _timm(arch, classes, options, pretrained)
     except TypeError as error:
         raise ModelError(f"`{arch}` does not take these options: {options} ({error}).") from error
+
+
+def _wide(layers: int, width: int, classes: int) -> nn.Module:
+    if layers < 10 or layers % 6 != 4:
+        raise ModelError(f"there is no wide ResNet of {layers} layers: they have 10, 16, 22, 28, ... (`wrn28_2`).")
+    return WideResNet(layers // 6, width, classes)
 
 
 def _timm(arch: str, classes: int, options: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -64,7 +76,7 @@ def _timm(arch: str, classes: int, options: dict[str, Any], pretrained: bool) ->
     small_stem = STEM_3X3.fullmatch(arch)
     name = small_stem[1] if small_stem else arch
     if not timm.is_model(name):
-        known = [*SMALL, AIRBENCH, *timm.list_models()]
+        known = [*SMALL, AIRBENCH, "wrn28_2", *timm.list_models()]
         close = difflib.get_close_matches(arch, known, n=3)
         raise ModelError(f"there is no architecture `{arch}`" + (f"; close: {', '.join(close)}." if close else "."))
     try:
@@ -87,7 +99,7 @@ def heads(model: nn.Module) -> tuple[str, ...]:
     if isinstance(model, exits.Exits | exits.Cut):
         own = (f"trunk.{name}" for name in heads(model.trunk)) if isinstance(model, exits.Exits) else ()
         return (*own, *(f"branches.{number}.linear." for number in model.branches))
-    if isinstance(model, SmallResNet | Airbench | HeadedClassifier):
+    if isinstance(model, SmallResNet | Airbench | WideResNet | HeadedClassifier):
         return ("linear.",)
     named = getattr(model, "default_cfg", {}).get("classifier", "fc")
     return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named or ()))  # two of a distilled DeiT

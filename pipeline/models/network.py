@@ -25,7 +25,8 @@ class Network(Section):
     """
 
     arch: str
-    """`airbench`, `resnet8`, 14, 20, 32, 44, 56 or 110 (for 32 px), `resnet18_3x3` and the like, or any name of timm."""
+    """`airbench`, `resnet8`, 14, 20, 32, 44, 56 or 110, `wrn28_2` and the like (for 32 px), `resnet18_3x3` and the like, or any
+    name of timm."""
     input: inputs.Wanted
     """What it takes."""
     options: dict[str, Any] = Field(default_factory=dict)
