@@ -22,11 +22,16 @@ LINES = 20  # drawn of a pair, or they would hide it
 HEIGHT, GAP = 220, 8  # pixels of an image on the page, and between two
 DOUBT = 0.65  # the score about which a finding could be decided either way
 
+OVERRULE = "add its line to data/overrides.csv with your reason, and run `dvc repro` again"
+
 TEMPLATE = Path(__file__).with_name("gallery.html.jinja")
 
 
-def page(audit: pa.Table, sets: Mapping[str, Manifest], params: Dedup, warnings: Sequence[str]) -> str:
-    """An HTML page, complete in itself, with the SHOWN most doubtful findings: images side by side, and what was measured."""
+def page(audit: pa.Table, sets: Mapping[str, Manifest], params: Dedup, warnings: Sequence[str], overrule: str = OVERRULE) -> str:
+    """An HTML page, complete in itself, with the SHOWN most doubtful findings: images side by side, and what was measured.
+
+    `overrule`: where a person's word goes.
+    """
     score = pc.fill_null(pc.abs(pc.subtract(audit["score"], DOUBT)), 2.0)
     shown = audit.append_column("doubt", score).sort_by([(name, "ascending") for name in ("doubt", "relation", "id", "match_id")])
     groups = audit.group_by(["relation", "outcome"]).aggregate([("id", "count_distinct")])
@@ -36,6 +41,7 @@ def page(audit: pa.Table, sets: Mapping[str, Manifest], params: Dedup, warnings:
         findings=f"{len(audit):,}",
         counts=groups.sort_by([("relation", "ascending"), ("outcome", "ascending")]).to_pylist(),
         warnings=warnings,
+        overrule=overrule,
         figures=(_figure(row, sets, params) for row in shown.slice(0, SHOWN).to_pylist()),
     )
 

@@ -34,9 +34,10 @@ def check_images(listing: Listing, size_of: SizeOf, workers: int, command: str =
     """Read every image: the columns of MEASURED are added, and a reason for each that `size_of` refused."""
     table = listing.table
     measured: list[pa.RecordBatch] = []
+    label = f"{command}: checking {listing.role}" if command == PREPARE else f"{command}: checking"
     threads = ThreadPoolExecutor(workers)
     try:
-        with progress.bar(len(table), "images", f"{command}: checking {listing.role}") as shown:
+        with progress.bar(len(table), "images", label) as shown:
             for part in threads.map(lambda chunk: _measured(chunk, size_of, listing.moved), table.to_batches()):
                 measured.append(part)
                 shown.update(len(part))

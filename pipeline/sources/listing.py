@@ -47,7 +47,7 @@ def list_files(sources: Sequence[Source], role: Role, root: Path, tars: Tars, co
     request = Request(role, root, tars, classes, command)
     files = chain.from_iterable(source.files(request) for source in sources)
     with tars:
-        table = gathered(files, f"{command}: listing {role}")
+        table = gathered(files, f"{command}: listing {role}" if command == PREPARE else f"{command}: listing")
     return Listing(role, table, frozenset(classes), tars.moved)
 
 
