@@ -1,9 +1,10 @@
-"""What can be said of params.yaml without running a stage.
+"""What is no stage: what can be said of params.yaml without running one, and a trained model's answers about pictures.
 
 python -m pipeline check [--params FILE]     the mistakes in keys, values and names, all at once; exit status 2 if there is one;
                                              a dvc.lock that a kill left broken is put back
 python -m pipeline schema                    write params.schema.json, by which editors complete and check
 python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
+python -m pipeline predict MODEL IMAGES...   classify pictures (`predict --help` says what it takes)
 """
 
 import argparse
@@ -19,11 +20,11 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic.json_schema import models_json_schema
 
-from pipeline.errors import UserError
 from pipeline.harness import lockfile
 from pipeline.harness.machine import Machine
 from pipeline.harness.reference import Row, rows, summary, told
-from pipeline.harness.stage import PARAMS_FILE, WORK, WRONG_INPUT, is_out
+from pipeline.harness.stage import PARAMS_FILE, WORK, exit_codes, is_out
+from pipeline.predict import arguments as predicting
 from pipeline.report.evaluation import not_a_baseline
 from pipeline.store import params
 from pipeline.store.params import NEEDED, SHELVES, SINGLE, STAGES, Names, ParamsError, Section
@@ -37,21 +38,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("do", choices=("check", "schema", "reference"))
-    parser.add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
+    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,predict}")
+    commands.add_parser("check").add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
+    commands.add_parser("schema")
+    commands.add_parser("reference")
+    predicting.add_arguments(commands.add_parser("predict", description=predicting.DESCRIPTION))
     args = parser.parse_args()
-    if args.do == "schema":
-        SCHEMA.write_text(schema())
-    elif args.do == "reference":
-        REFERENCE.write_text(reference())
-    else:
-        if told_of_lock := lockfile.mend(WORK):
-            sys.stderr.write(f"{told_of_lock}\n")
-        try:
+    with exit_codes("it begins anew"):
+        if args.do == "schema":
+            SCHEMA.write_text(schema())
+        elif args.do == "reference":
+            REFERENCE.write_text(reference())
+        elif args.do == "predict":
+            from pipeline.predict import command  # torch, and only here
+
+            sys.stderr.write(f"{command.run(args)}\n")
+        else:
+            if told_of_lock := lockfile.mend(WORK):
+                sys.stderr.write(f"{told_of_lock}\n")
             check(args.params)
-        except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
-            sys.exit(WRONG_INPUT)
 
 
 def sections() -> dict[str, type[Section]]:

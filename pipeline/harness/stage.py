@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -57,15 +57,22 @@ def main(run: Callable[..., Metrics], parallel: bool = False, gathers: str | Non
     of this section, whose names `run` gets as `entries`; its run in MLflow stands for all that they were made from.
     """
     _die_with_dvc()
-    try:
+    with exit_codes("it goes on where it stopped"):
         _main(_importable(run), sys.argv[1:], parallel, gathers)
+
+
+@contextlib.contextmanager
+def exit_codes(repeated: str) -> Iterator[None]:
+    """End the process with the codes and messages that `main` describes. `repeated`: what the command does the next time."""
+    try:
+        yield
     except UserError as error:
         _stop(str(error), WRONG_INPUT)
     except OSError as error:
         if error.errno in artifact.FULL:
             what, mend = ("the disk is full", "Free space") if error.errno != errno.EFBIG else TOO_LARGE
             _stop(
-                f"{what} ({error.filename or 'while writing'}). {mend} and repeat the command: it goes on where it stopped.",
+                f"{what} ({error.filename or 'while writing'}). {mend} and repeat the command: {repeated}.",
                 TRY_AGAIN,
             )
         traceback.print_exc()
@@ -245,4 +252,4 @@ def _stop(message: str, code: int) -> None:
     sys.exit(code)
 
 
-__all__ = ["Job", "Journal", "Metrics", "is_out", "main"]
+__all__ = ["Job", "Journal", "Metrics", "exit_codes", "is_out", "main"]

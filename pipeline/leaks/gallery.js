@@ -13,6 +13,7 @@ const gallery = (() => {
 
   let groups = []; // {image, findings}: an image with all of its matches
   let images = [];
+  let then = ""; // what to do with the file
   let lines = new Map(); // id -> {action, reason}, as data/overrides.csv has them
   let log = []; // [id, action, reason], in the order of the decisions; the last word on an image counts
   let decided = new Map(); // id -> {action, reason}, what the log comes to
@@ -30,6 +31,7 @@ const gallery = (() => {
   const texts = (column) => column.at.map((at) => (at === null ? null : column.names[at]));
 
   function open(data) {
+    then = data.then;
     const of = data.images, set = texts(of.set), label = texts(of.class);
     inFile = data.inFile;
     images = of.id.map((id, at) => (
@@ -131,7 +133,7 @@ const gallery = (() => {
     link.download = "overrides.csv";
     link.click();
     URL.revokeObjectURL(link.href);
-    say("Put overrides.csv into data/ in place of the old one, and run: dvc repro dedup");
+    say(`overrides.csv: ${then}`);
   }
 
   // Filters and order.

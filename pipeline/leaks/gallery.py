@@ -28,6 +28,8 @@ DOUBT = 0.65  # the score about which a finding could be decided either way
 FIRST = ("review", "unverifiable", "alike", "copy", "by hand")  # the outcomes in the order in which a person looks at them
 FAR = 9.0  # in units of the longest side: an outline that reaches farther is cut off
 
+THEN = "put it into data/ in place of the old one, and run: dvc repro dedup"
+
 TEMPLATE, SCRIPT = (Path(__file__).with_name(name) for name in ("gallery.html.jinja", "gallery.js"))
 
 
@@ -40,11 +42,13 @@ def write(
     warnings: Sequence[str],
     search: str,
     workers: int,
+    then: str = THEN,
 ) -> None:
     """Write the page into the artifact being made at `folder`.
 
     `audit`: as `decide` gives it. `overrides`: the lines of data/overrides.csv, which the file that the page offers repeats.
     `search`: the identity of the search, by which a browser keeps the decisions. `workers`: threads that decode.
+    `then`: what to do with the file of decisions.
     """
     rows = by_doubt(audit)
     images = thumbnails.rows_of(list(dict.fromkeys(end for row in rows for end in _images(row))), sets)
@@ -57,6 +61,7 @@ def write(
         "search": search,
         "overrides": [[image, said.action, said.reason] for image, said in overrides.items()],
         "inFile": thumbnails.IN_FILE,
+        "then": then,
         "images": _columns_of_images(images, sets, extent),
         "findings": _columns_of_findings(rows, list(images), extent, params),
         "lines": {at: _lines(row, seen) for at, row in matched.items()},
@@ -66,7 +71,7 @@ def write(
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     counts = sorted(findings.counts(audit).items(), key=lambda item: (item[0][0], FIRST.index(item[0][1])))
     html = template.from_string(TEMPLATE.read_text()).render(
-        shown=len(rows), findings=len(audit), counts=[(*key, count) for key, count in counts], warnings=warnings
+        shown=len(rows), findings=len(audit), counts=[(*key, count) for key, count in counts], warnings=warnings, then=then
     )
     (folder / "index.html").write_text(html)
 

@@ -66,6 +66,11 @@ def save(folder: Path, model: torch.nn.Module, description: Description, history
 def describe(folder: Path) -> Description:
     """Read and verify a model directory; returns its description. Raises ArtifactError or CheckpointError."""
     artifact.verify(folder)
+    return parsed(folder)
+
+
+def parsed(folder: Path) -> Description:
+    """The description in a folder that is no whole artifact, such as one to which single files were copied."""
     try:
         raw = json.loads((folder / DESCRIPTION).read_text())
         return Description(**{**raw, "classes": tuple(raw["classes"]), "input": Input.model_validate(raw["input"])})

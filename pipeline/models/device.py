@@ -52,7 +52,9 @@ def pick(machine: Machine) -> Device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"params.yaml: `machine.device` is {name!r}, which torch cannot use here ({error}).") from None
+        raise UserError(
+            f"`machine.device` (params.yaml) or --device is {name!r}, which torch cannot use here ({error})."
+        ) from None
     fast = device.type == "cuda" or multiplies_bfloat16()
     precision = machine.precision if machine.precision != "auto" else "bfloat16" if fast else "float32"
     return Device(device, getattr(torch, precision), machine.compile)

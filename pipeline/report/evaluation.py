@@ -1,7 +1,7 @@
 """The format of an evaluation, as `evaluate` writes it and all others read it. Free of torch, for those that only read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+
+from pipeline.errors import UserError
+from pipeline.store import artifact
 
 FILE, CONFUSION, HISTORY = "evaluation.json", "confusion.csv", "history.json"
 Split = Literal["val", "holdout"]
@@ -197,6 +200,30 @@ def write(
 
 def read(folder: Path) -> Evaluation:
     return Evaluation.model_validate_json((folder / FILE).read_text())
+
+
+def of_model(folder: Path, identities: Collection[str], model: str, exit: int | None, size: int) -> Evaluation:
+    """The evaluation `folder` of the model `model`, which has one of `identities`, as it answers about an image as it is.
+
+    Raises UserError if it is of another model, exit or input size, or of means over mirror images; ArtifactError if it is
+    damaged.
+    """
+    evaluation = read(artifact.verify(folder))
+    of = artifact.record(folder).get("inputs", {}).get("model", {})
+    if of.get("identity") not in identities:
+        raise UserError(f"{folder} measured {of.get('path')}, not {model}: its figures are of another model.")
+    measured = evaluation.model
+    if (measured.exit, measured.input) != (exit, size):
+        raise UserError(
+            f"{folder} measured exit {measured.exit} at {measured.input} pixels, and this is exit {exit} at {size}: name an "
+            "entry of `evaluate` that measures the same."
+        )
+    if measured.mirror:
+        raise UserError(
+            f"{folder} measured means over mirror images, and this answers about an image as it is: name an entry of `evaluate` "
+            "without `mirror`."
+        )
+    return evaluation
 
 
 def read_predictions(folder: Path, split: Split = "val") -> pa.Table:

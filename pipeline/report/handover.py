@@ -15,7 +15,7 @@ from markupsafe import Markup
 from pipeline.errors import UserError
 from pipeline.store import manifest
 
-EXAMPLE, CARD = "example.py", "README.md"
+EXAMPLE, CARD, CALIBRATION = "example.py", "README.md", "calibration.json"
 
 
 def answers(example: Path, images: manifest.Manifest) -> list[int]:

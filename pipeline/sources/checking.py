@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from pipeline.harness import progress
 from pipeline.sources.listing import Listing, batch
+from pipeline.sources.source import PREPARE
 from pipeline.store import decode, manifest
 
 MAX_BYTES = 1 << 30  # of a file: a larger one is no image, and is not read
@@ -29,13 +30,14 @@ SizeOf = Callable[[bytes], tuple[int, int]]
 """From an image file to its width and height; raises ImageRefused."""
 
 
-def check_images(listing: Listing, size_of: SizeOf, workers: int) -> Listing:
+def check_images(listing: Listing, size_of: SizeOf, workers: int, command: str = PREPARE) -> Listing:
     """Read every image: the columns of MEASURED are added, and a reason for each that `size_of` refused."""
     table = listing.table
     measured: list[pa.RecordBatch] = []
+    label = f"{command}: checking {listing.role}" if command == PREPARE else f"{command}: checking"
     threads = ThreadPoolExecutor(workers)
     try:
-        with progress.bar(len(table), "images", f"prepare: checking {listing.role}") as shown:
+        with progress.bar(len(table), "images", label) as shown:
             for part in threads.map(lambda chunk: _measured(chunk, size_of, listing.moved), table.to_batches()):
                 measured.append(part)
                 shown.update(len(part))

@@ -9,9 +9,10 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.sources.source import File, InsideRoot, Record, Request, Role, SourceError, record_of, some, unpacked
+from pipeline.sources.source import File, InsideRoot, Record, Request, SourceError, record_of, some, unpacked
 from pipeline.store.params import Section
 
+ENCODED = "image files (binary, or a struct with `bytes`)"
 RECORDS = 64  # of a table, with their bytes, in memory at once
 
 
@@ -31,20 +32,31 @@ class Parquet(Section):
 
     def files(self, request: Request) -> Iterator[File]:
         """Every row, its image unpacked. Raises SourceError for a damaged file and for columns that hold something else."""
+        yield from unpacked(self.records(request), request)
+
+    def records(self, request: Request) -> Iterator[Record]:
+        """Every row with its bytes, as it is read. Raises SourceError like `files`."""
         for file in request.matching(self.path):
-            yield from unpacked(_records(self, file, request.role, request.prefix(file)), request)
+            yield from _records(self, file, request)
 
 
-def _records(source: Parquet, file: Path, role: Role, prefix: str) -> Iterator[Record]:
-    with _parquet(file, role) as table:
-        schema, where = table.schema_arrow, f"prepare.{role}: {file}"
-        _expect_column(schema, "image", source.image, where, _holds_bytes, "image files (binary, or a struct with `bytes`)")
+def rows_of(file: Path, request: Request) -> int:
+    """How many rows a table has. Raises SourceError if it cannot be read."""
+    with _parquet(file, request) as table:
+        return int(table.metadata.num_rows)
+
+
+def _records(source: Parquet, file: Path, request: Request) -> Iterator[Record]:
+    role, prefix = request.role, request.prefix(file)
+    with _parquet(file, request) as table:
+        schema = table.schema_arrow
+        _expect_column(schema, "image", source.image, file, request, _holds_bytes, ENCODED)
         columns = [source.image]
         names: Sequence[str] | None = None
         if role != "pool":
-            _expect_column(schema, "label", source.label, where, _holds_labels, "class names or numbers")
+            _expect_column(schema, "label", source.label, file, request, _holds_labels, "class names or numbers")
             columns.append(source.label)
-            names = _class_names(source, schema, where)
+            names = _class_names(source, schema, request.told(file))
         row = 0
         for part in table.iter_batches(RECORDS, columns=columns):
             cells = part.column(source.image)
@@ -56,21 +68,24 @@ def _records(source: Parquet, file: Path, role: Role, prefix: str) -> Iterator[R
 
 
 @contextmanager
-def _parquet(file: Path, role: Role) -> Iterator[pq.ParquetFile]:
+def _parquet(file: Path, request: Request) -> Iterator[pq.ParquetFile]:
     """Whatever Arrow says of a damaged file, at its footer or in the middle, names the file."""
     try:
         with pq.ParquetFile(file) as table:
             yield table
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"prepare.{role}: {file} cannot be read as Parquet ({error}). Copy or make it anew.") from None
+        raise SourceError(f"{request.told(file)} cannot be read as Parquet ({error}). Copy or make it anew.") from None
 
 
-def _expect_column(schema: pa.Schema, key: str, name: str, where: str, fits: Callable[[pa.DataType], bool], what: str) -> None:
+def _expect_column(
+    schema: pa.Schema, key: str, name: str, file: Path, request: Request, fits: Callable[[pa.DataType], bool], what: str
+) -> None:
+    where, option = request.told(file), request.option(key)
     if name not in schema.names:
-        raise SourceError(f"{where} has no column `{name}`; it has {some(schema.names)}. Name the right one: `{key}: <column>`.")
+        raise SourceError(f"{where} has no column `{name}`; it has {some(schema.names)}. Name the right one: {option}.")
     kind = schema.field(name).type
     if not fits(kind):
-        raise SourceError(f"{where}: the column `{name}` ({kind}) does not hold {what}. Name another: `{key}: <column>`.")
+        raise SourceError(f"{where}: the column `{name}` ({kind}) does not hold {what}. Name another: {option}.")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

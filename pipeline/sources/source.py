@@ -43,19 +43,22 @@ def _inside(path: str) -> str:
 InsideRoot = Annotated[str, AfterValidator(expect_whole), AfterValidator(_inside)]
 """A path relative to `root`; may be a glob pattern."""
 
+PREPARE = "prepare"
 Role = Literal["labelled", "val", "pool"]
 
 
 class Request(NamedTuple):
     """What a kind of source is asked for: the files of one role below `root`.
 
-    Images that are no files become members of `tars`; the classes that a source has are added to `classes`.
+    Images that are no files become members of `tars`; the classes that a source has are added to `classes`. `command`: who asks;
+    only `prepare` has params that messages can name.
     """
 
     role: Role
     root: Path
     tars: Tars
     classes: set[str]
+    command: str = PREPARE
 
     def matching(self, pattern: str) -> list[Path]:
         """What a path or a glob pattern names below `root`. Raises SourceError if that is nothing."""
@@ -69,6 +72,14 @@ class Request(NamedTuple):
                 "path, or put the data there."
             )
         return named
+
+    def told(self, file: Path) -> str:
+        """How messages call a file."""
+        return f"prepare.{self.role}: {file}" if self.command == PREPARE else str(file)
+
+    def option(self, key: str) -> str:
+        """How a column of a table is named to a source."""
+        return f"`{key}: <column>`" if self.command == PREPARE else f"`--{key} <column>`"
 
     def prefix(self, path: Path) -> str:
         """What the ids of the images in `path` begin with."""

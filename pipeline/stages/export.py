@@ -17,8 +17,8 @@ from pipeline.harness import stage
 from pipeline.harness.machine import Machine
 from pipeline.models import architectures, checkpoint, inputs, network
 from pipeline.report import handover
-from pipeline.report.evaluation import Evaluation, read, read_predictions
-from pipeline.report.handover import CARD, EXAMPLE, plain, template
+from pipeline.report.evaluation import of_model, read_predictions
+from pipeline.report.handover import CALIBRATION, CARD, EXAMPLE, plain, template
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import FORMATS
 from pipeline.store.params import MadeEvaluation, MadeModel, Section
@@ -70,21 +70,25 @@ def run(params: Export, *, model: Path, evaluation: Path, val: Path, out: Path, 
 
     `model.onnx` and `model.pt2` take `pixels`, (B, 3, S, S) float32 of 0..255 in RGB, and give `logits`, (B, C). `config.json`
     stands beside `model.safetensors` where timm has the architecture, so that `timm.create_model("local-dir:...")` loads it.
-    `example.py` classifies image files with onnxruntime, with winnow's decoding and canvas. Raises UserError if `evaluation` is
-    of another model, if a written file gives other logits than torch, or if a written file or the example does not give the
-    answers of `evaluation` on images of `val`.
+    `example.py` classifies image files with onnxruntime, with winnow's decoding and canvas. `calibration.json` has the
+    temperature that `evaluation` fitted on the held-out images, if it did: what logits are divided by before the softmax. Raises
+    UserError if `evaluation` is of another model, if a written file gives other logits than torch, or if a written file or the
+    example does not give the answers of `evaluation` on images of `val`.
     """
     classes = checkpoint.describe(model).classes
     classifier, description, input_spec = network.load(model, classes, params.exit)
-    measured = _measured(evaluation, model, params.exit, input_spec.size)
+    measured = of_model(evaluation, {artifact.identity(model)}, str(model), params.exit, input_spec.size)
+    temperature = measured.calibration.temperature if measured.calibration else None
     whole = Classifier(classifier, input_spec).eval()
     with artifact.writing(out) as tmp:
         checkpoint.save(tmp, classifier, description, json.loads((model / checkpoint.HISTORY).read_text()))
         known_to_timm = _timm_config(tmp, classifier, description, input_spec)
         written = {ONNX: _onnx(tmp / ONNX, whole, input_spec.size), PROGRAM: _program(tmp / PROGRAM, whole, input_spec.size)}
         gaps = {name: _gap(whole, input_spec.size, logits, name) for name, logits in written.items()}
-        facts = {"description": description, "input_spec": input_spec, "formats": ("JPEG", *FORMATS)}
+        facts = {"description": description, "input_spec": input_spec, "formats": ("JPEG", *FORMATS), "temperature": temperature}
         (tmp / EXAMPLE).write_text(template(EXAMPLE).render(facts), encoding="utf-8")
+        if measured.calibration:
+            (tmp / CALIBRATION).write_text(json.dumps(measured.calibration.model_dump(), indent=1) + "\n")
         images = manifest.read(val)
         images = images.take(np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(int)))
         ties = _compare(images, evaluation, whole, written, tmp / EXAMPLE, input_spec, machine)
@@ -93,6 +97,8 @@ def run(params: Export, *, model: Path, evaluation: Path, val: Path, out: Path, 
             "parameters": architectures.parameters_of(classifier),
             "macs": architectures.macs(classifier, input_spec.size),
             "val": measured.val,
+            "held_out": measured.holdout.n,
+            "calibration": measured.calibration,
             "training": measured.training,
             "timm": known_to_timm,
             "compared": len(images),
@@ -108,26 +114,6 @@ def run(params: Export, *, model: Path, evaluation: Path, val: Path, out: Path, 
         "compared": len(images),
         "ties": ties,
     }
-
-
-def _measured(folder: Path, model: Path, exit: int | None, size: int) -> Evaluation:
-    """The evaluation that the card quotes. Raises UserError if it is of another model, exit, input size or of mirror images."""
-    evaluation = read(artifact.verify(folder))
-    of = artifact.record(folder)["inputs"]["model"]
-    if of["identity"] != artifact.identity(model):
-        raise UserError(f"{folder} measured {of['path']}, not {model}: the card would show figures of another model.")
-    measured = evaluation.model
-    if (measured.exit, measured.input) != (exit, size):
-        raise UserError(
-            f"{folder} measured exit {measured.exit} at {measured.input} pixels, and this exports exit {exit} at {size}: "
-            "name an entry of `evaluate` that measures the same."
-        )
-    if measured.mirror:
-        raise UserError(
-            f"{folder} measured means over mirror images, and exported files answer about an image as it is: name an entry of "
-            "`evaluate` without `mirror`."
-        )
-    return evaluation
 
 
 def _timm_config(folder: Path, model: nn.Module, description: checkpoint.Description, input_spec: inputs.Input) -> bool:

@@ -14,6 +14,14 @@ from pipeline.errors import UserError
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # no EPS: Pillow would run Ghostscript on it
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 11 of such a file
+try:
+    import pillow_heif
+except ImportError:
+    HEIF: tuple[str, ...] = ()
+else:
+    pillow_heif.register_heif_opener()
+    HEIF = ("HEIF",)
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit, checked on the header
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -28,9 +36,10 @@ class ImageRefused(UserError):
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file to (H, W, 3) uint8 RGB, the same pixels for every stage.
 
-    JPEG (CMYK and multi-picture files too), PNG, GIF, WebP, BMP, TIFF, PPM, AVIF and JPEG 2000. EXIF orientation is
-    applied. Grey is repeated, palettes are looked up, CMYK is converted, of 16 bits the upper 8 are kept (never
-    clipped), transparent pixels lie on white, of an animation the first frame counts. Colour profiles are not applied.
+    JPEG (CMYK and multi-picture files too), PNG, GIF, WebP, BMP, TIFF, PPM, AVIF and JPEG 2000; HEIC and HEIF where pillow-heif
+    is installed. EXIF orientation is applied. Grey is repeated, palettes are looked up, CMYK is converted, of 16 bits the upper 8
+    are kept (never clipped), transparent pixels lie on white, of an animation the first frame counts. Colour profiles are not
+    applied.
 
     Raises ImageRefused for empty, non-image, truncated or damaged data, as far as the format can tell: PNG and deflated TIFF
     have checksums, the others only notice what breaks their rules (`benchmarks.damage`). Also for pixels without a defined
@@ -70,6 +79,8 @@ def _header(data: bytes, max_pixels: int) -> _Header:
     try:
         header = _jpeg_header(data) if data.startswith(b"\xff\xd8\xff") else _other_header(data)
     except Image.UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and not HEIF:
+            raise ImageRefused("HEIC or HEIF, read where pillow-heif is installed: `pip install pillow-heif`") from None
         raise ImageRefused("not an image") from None
     except MemoryError:
         raise
@@ -113,7 +124,7 @@ def _exif_orientation(exif: bytes) -> int:
 
 
 def _other_header(data: bytes) -> _Header:
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = Image.open(io.BytesIO(data), formats=FORMATS + HEIF)
     exif = _png_exif(data) if image.format == "PNG" else image.info.get("exif", b"")
     turn = _exif_orientation(exif) if image.format != "TIFF" else 1  # which Pillow turns itself
     return _Header(*image.size, image.mode, turn, image)

@@ -329,8 +329,8 @@ def test_figures_of_another_model_or_exit_are_refused(tmp_path: Path) -> None:
     model = model_of(tmp_path / "model", "resnet8", {"width": 8})
     other = model_of(tmp_path / "other", "resnet8", {"width": 4})
     for measured, message in (
-        (evaluation_of(tmp_path / "a", other), r"a measured .*other, not .*model: the card would show"),
-        (evaluation_of(tmp_path / "b", model, 1), r"b measured exit 1 at 32 pixels, and this exports exit None"),
+        (evaluation_of(tmp_path / "a", other), r"a measured .*other, not .*model: its figures are of another model"),
+        (evaluation_of(tmp_path / "b", model, 1), r"b measured exit 1 at 32 pixels, and this is exit None at 32: name an"),
     ):
         with pytest.raises(UserError, match=message):
             handed_over({}, model, measured, tmp_path / "out")

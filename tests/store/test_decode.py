@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from pipeline.store import decode as decoding
 from pipeline.store.decode import ImageRefused, decode, size_of
 from tests.tiny import encoded, jpeg, picture
 
@@ -359,3 +360,31 @@ def test_pillow_agrees_on_every_orientation_it_knows():
         exif[ORIENTATION] = orientation
         image = Image.open(io.BytesIO(encoded(WIDE, "PNG", exif=exif)))
         assert np.array_equal(np.asarray(ImageOps.exif_transpose(image)), turned(WIDE, orientation))
+
+
+# HEIC -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+def test_heic_is_refused_by_name_where_nothing_reads_it(brand: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0" + b"mif1heic" + b"\0" * 100
+    monkeypatch.setattr(decoding, "HEIF", ())
+    with pytest.raises(ImageRefused, match=r"^HEIC or HEIF, read where pillow-heif is installed: `pip install pillow-heif`$"):
+        decode(data)
+
+
+def test_heic_is_read_and_turned_where_pillow_heif_is_installed() -> None:
+    pytest.importorskip("pillow_heif", reason="pillow-heif is not installed: pip install -e '.[heif]'")
+    image = picture(1, (64, 48))
+    turn = Image.Exif()
+    turn[ORIENTATION] = 6
+    held = Image.fromarray(image)
+    held.info["exif"] = turn.tobytes()  # which pillow-heif writes as a turn of the container, as cameras do
+    for given, wanted in ((Image.fromarray(image), image), (held, turned(image, 6))):
+        data = encoded(given, "HEIF", quality=95)
+        pixels = decode(data)
+        assert pixels.shape == wanted.shape
+        assert np.abs(pixels.astype(int) - wanted).mean() < 4
+        assert decoding.size_of(data) == (wanted.shape[1], wanted.shape[0])
+        with pytest.raises(ImageRefused):
+            decode(data[: len(data) // 2])
