@@ -46,8 +46,8 @@ def test_the_findings_are_those_of_the_two_stages(tmp_path: Path, capsys: pytest
     assert going == len(gone) == 2
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["copy"], summary["review"], summary["unverifiable"], summary["going"]) == (2, 1, 1, 2)
-    page = (tmp_path / "out" / "index.html").read_text()
-    assert "copy of v0.png in v0.png" in page
+    page = (tmp_path / "out" / "index.html").read_text() + (tmp_path / "out" / "findings.js").read_text()
+    assert "copy of v0.png" in page
     assert "give --overrides that file" in page
     assert "dvc repro" not in page
     said = capsys.readouterr().out
