@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from playwright.sync_api import Browser
 
 from pipeline.errors import UserError
 from pipeline.report import page, pairs
@@ -22,6 +23,7 @@ from pipeline.report.table import COLUMNS
 from pipeline.stages import compare
 from pipeline.stages.compare import Compare
 from pipeline.store import artifact
+from tests.browser import WIDTHS, is_cut, opened
 
 N, HELD = 400, 200
 ENTRIES = ("teacher", "baseline", "ssld", "finetune")
@@ -679,3 +681,25 @@ def test_the_same_evaluations_give_the_same_bytes(four: Path) -> None:
     first = artifact.identity(out)
     run(four)
     assert artifact.identity(out) == first
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_cut_on_a_screen_or_on_paper(four: Path, write: Write, browser: Browser, width: int, scheme: Any) -> None:
+    names = (*ENTRIES, *(f"{name}_with_a_long_name" for name in ("another", "further", "last", "widest", "random")))
+    for name in names[len(ENTRIES) :]:
+        write(name)
+    write("ssld", **with_exits())
+    out, _ = run(four, names)
+    with opened(browser, out / "report.html", width, color_scheme=scheme) as shown:
+        assert not is_cut(shown)
+        inner = (
+            "[...document.querySelectorAll('.wide')].filter(e => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1).length"
+        )
+        tables = shown.evaluate(inner)
+        assert tables <= (1 if width < 1000 else 0)  # class by entry: of nine entries it may scroll on a phone
+        letters = "[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height)"
+        assert min(shown.evaluate(letters)) > 10
+        shown.emulate_media(media="print")
+        shown.set_viewport_size({"width": 718, "height": 1000})  # A4 without its margins, at 96 pixels an inch
+        assert not is_cut(shown)
