@@ -1,13 +1,16 @@
 """Send the journals of the stages to MLflow: `python -m pipeline.tracking flush`."""
 
 import argparse
+import contextlib
 import os
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from pipeline.harness.journal import DEFAULT_URI, has_ended, start_mirror
+from pipeline.tracking import leaderboard
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.waiting import journal_files
 
@@ -52,8 +55,23 @@ def _where_to_look() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI)
     if uri.startswith("http"):
         return f"see them at {uri}"
-    # The first page of MLflow 3 speaks of prompts and traces; this one lists the runs.
-    return f"see them with .venv/bin/mlflow ui --backend-store-uri {uri} at http://127.0.0.1:5000/#/experiments/1/runs"
+    # The first page of MLflow 3 speaks of prompts and traces; these list the models, or the runs of the stages.
+    models = _experiment_of_models(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
+    page = leaderboard.address(models) if models else "/#/experiments/1/runs"
+    return f"see them with .venv/bin/mlflow ui --backend-store-uri {uri} at\n  http://127.0.0.1:5000{page}"
+
+
+def _experiment_of_models(database: Path) -> str | None:
+    """Its number; None where nothing was compared yet."""
+    if not database.is_file():
+        return None
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "winnow") + leaderboard.SUFFIX
+    with contextlib.closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened:
+        try:
+            row = opened.execute("select experiment_id from experiments where name = ?", (name,)).fetchone()
+        except sqlite3.Error:
+            return None  # another kind of store, or one that is being made
+    return str(row[0]) if row else None
 
 
 def main() -> None:

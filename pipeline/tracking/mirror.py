@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.harness.journal import mirror_command, run_name, try_lock
+from pipeline.tracking import leaderboard
 from pipeline.tracking.comparison import TAG_LIMIT, complete, numbers_of, originals, params_of, tags_of
 from pipeline.tracking.experiment import Experiment, milliseconds, say, shortened
 from pipeline.tracking.waiting import Waiting, journal_files, set_aside
@@ -169,6 +170,9 @@ class Mirror:
         files = journal.path.with_suffix(".files")
         if end["status"] == "FINISHED" and journal.begin["gathers"]:
             complete(experiment, run_id, record["lineage"], end, files / "runs.json")
+            where = journal.state.uri, journal.begin["experiment"] + leaderboard.SUFFIX
+            board = self._experiments.setdefault(where, Experiment(*where))
+            leaderboard.write(board, experiment, record["lineage"], end)
         client.set_terminated(run_id, end["status"], end_time=milliseconds(end["time"]))
         # After the numbers: a server whose artifact store is out of reach shall not keep the run open.
         if files.is_dir():
