@@ -6,7 +6,6 @@ The experiment of the stages has a run for each stage and hundreds of numbers; w
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import quote
 
 from pipeline.tracking.comparison import originals, params_of
 from pipeline.tracking.experiment import Experiment, milliseconds
@@ -18,6 +17,13 @@ OF_TRAINING = ("parameters", "steps", "images")
 PARAMS = ("init", "teacher", "images", "model.arch", "view.kind", "training.steps", "training.batch", "training.lr", "loss.name")
 CURVES = {"holdout_top1": "learning.holdout_top1", "loss": "learning.loss"}
 """The curves of a training, and their names here: of one name MLflow would show the last point as the figure."""
+VIEW = "winnow"
+SHARED_VIEW = f"mlflow.sharedViewState.{VIEW}"
+"""The tag under which MLflow 3.17 keeps a view of an experiment that was shared: what its page shows, and in which order."""
+COLUMNS = [
+    *(f"metrics.`{name}`" for name in ("clean_val_top1", "holdout_top1", "over_baseline", "val_top1")),
+    *("params.`role`", "params.`teacher`"),
+]
 
 
 def write(board: Experiment, stages: Experiment, lineage: Mapping[str, Any], end: Mapping[str, Any]) -> None:
@@ -27,6 +33,8 @@ def write(board: Experiment, stages: Experiment, lineage: Mapping[str, Any], end
     records of the comparison, by key. `end`: its last event.
     """
     compared, now = end.get("compared", {}), end["time"]
+    order = {"searchFilter": f"tags.`{LATEST}` = 'yes'", "orderByKey": "metrics.`val_top1`", "orderByAsc": False}
+    board.client.set_experiment_tag(board.experiment_id, SHARED_VIEW, json.dumps({**order, "selectedColumns": COLUMNS}))
     known = {run.data.tags.get("winnow.key"): run for run in board.search(LATEST, "yes") + board.search(LATEST, "no")}
     shown = {key: record for key, record in lineage.items() if record["stage"] == "evaluate"}
     for key, run in known.items():
@@ -51,13 +59,7 @@ def write(board: Experiment, stages: Experiment, lineage: Mapping[str, Any], end
 
 def address(experiment_id: str) -> str:
     """The path of the page that shows the newest models, the best on val first."""
-    query = {
-        "searchFilter": f"tags.`{LATEST}` = 'yes'",
-        "orderByKey": "metrics.`val_top1`",
-        "orderByAsc": "false",
-        "workflowType": "machine_learning",
-    }
-    return f"/#/experiments/{experiment_id}/runs?" + "&".join(f"{name}={quote(value)}" for name, value in query.items())
+    return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
 
 
 def _tags(key: str, record: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, str]:

@@ -91,5 +91,8 @@ def test_the_address_that_is_printed_is_that_of_the_models(board: Experiment, pr
     [(number,)] = sqlite3.connect(project / "mlflow.db").execute(
         "select experiment_id from experiments where name = ?", (f"winnow{leaderboard.SUFFIX}",)
     )
-    assert f"http://127.0.0.1:5000/#/experiments/{number}/runs?" in told
-    assert "orderByKey=metrics.%60val_top1%60&orderByAsc=false" in told
+    assert f"http://127.0.0.1:5000/#/experiments/{number}/runs?viewStateShareKey=winnow" in told
+    view = json.loads(board.client.get_experiment(board.experiment_id).tags[leaderboard.SHARED_VIEW])
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`val_top1`", False)
+    shown = [column.split("`")[1] for column in view["selectedColumns"] if column.startswith("metrics")]
+    assert {"val_top1", "over_baseline"} <= set(shown) <= {"over_baseline", *leaderboard.FIGURES, *leaderboard.OF_TRAINING}
