@@ -2,9 +2,9 @@
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Annotated, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -18,6 +18,9 @@ from pipeline.harness.machine import Machine
 from pipeline.store import manifest
 from pipeline.store.decode import ImageRefused, decode
 from pipeline.store.params import Section
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 cv2.setNumThreads(1)  # the callers' worker threads share the cores already
 
@@ -119,16 +122,20 @@ def _decode_rows(images: manifest.Manifest, rows: np.ndarray, side: int, whole: 
     return batch
 
 
-def ahead(make: Callable[[int], torch.Tensor], steps: Sequence[int] | range, depth: int = 2) -> Iterator[torch.Tensor]:
-    """`make(step)` for each step in order, prepared `depth` steps ahead by one thread."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(make, step) for step in steps[:depth])
-        for step in steps[depth:]:
-            ready = waiting.popleft().result()
-            waiting.append(thread.submit(make, step))
-            yield ready
-        while waiting:
-            yield waiting.popleft().result()
+def ahead(make: Callable[[T], R], items: Iterable[T], threads: int = 1) -> Iterator[R]:
+    """`make(item)` for each item in order, by threads; at most two items for each thread are taken ahead."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque[Future[R]]()
+        try:
+            for item in items:
+                waiting.append(pool.submit(make, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class Wanted(Section):

@@ -1,11 +1,9 @@
 """The pictures that a command line names, loaded by threads in the order given; a bad one becomes a reason."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -29,9 +27,6 @@ THUMBNAIL = 224  # pixels of the longest side
 UNKNOWN = -1  # the size of a file that was only named: all of it is read
 COMMAND = "predict"
 NOWHERE = Tars(Path(), Path())  # nothing is unpacked
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Picture(NamedTuple):
@@ -144,23 +139,7 @@ def _of_table(path: Path, column: str) -> Lot:
 def loaded(found: Sequence[Lot], side: int, workers: int, thumbnails: bool) -> Iterator[Loaded]:
     """Every chunk of every lot, in order, decoded by `workers` threads a few chunks ahead."""
     chunks = chain.from_iterable(lot.chunks() for lot in found)
-    yield from in_order(lambda chunk: _load(chunk, side, thumbnails), chunks, workers)
-
-
-def in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """`work` of each item in order, by threads; at most two items for each thread are taken ahead."""
-    with ThreadPoolExecutor(workers) as threads:
-        waiting = deque[Future[R]]()
-        try:
-            for item in items:
-                waiting.append(threads.submit(work, item))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    yield from inputs.ahead(lambda chunk: _load(chunk, side, thumbnails), chunks, workers)
 
 
 def _load(chunk: Sequence[Picture], side: int, thumbnails: bool) -> Loaded:

@@ -212,7 +212,7 @@ def test_pictures_are_loaded_a_few_chunks_ahead_and_no_more() -> None:
             taken.append(i)
             yield i
 
-    results = pictures.in_order(lambda i: 2 * i, items(), workers=2)
+    results = inputs.ahead(lambda i: 2 * i, items(), threads=2)
     assert [next(results) for _ in range(3)] == [0, 2, 4]
     assert len(taken) <= 3 + 5
     assert list(results) == [2 * i for i in range(3, 1000)]
