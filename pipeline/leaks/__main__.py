@@ -44,7 +44,7 @@ OUTCOMES = {
     "review": "for review: they share features with one",
     "unverifiable": "with too few features to be checked",
 }
-"""The outcomes of candidates, the strongest first."""
+"""The outcomes of candidates, as the summary names them."""
 
 
 def main() -> None:
@@ -209,29 +209,21 @@ def _manifest(listing: Listing) -> Manifest:
 
 
 def _summary(audit: pa.Table, checked: Mapping[str, Checked]) -> dict[str, Any]:
-    """Distinct images; a candidate counts once, by its strongest outcome."""
+    """Distinct images, as `findings.counts` counts them for the gallery."""
+    images = findings.counts(audit)
     of_pool = audit.filter(pc.or_(pc.equal(audit["relation"], "pool"), pc.equal(audit["relation"], "pool-val")))
-    counts, counted = {}, set[str]()
-    for outcome in OUTCOMES:
-        ids = set(of_pool["id"].filter(pc.equal(of_pool["outcome"], outcome)).to_pylist()) - counted
-        counts[outcome], counted = len(ids), counted | ids
     copies = of_pool.filter(pc.equal(of_pool["outcome"], "copy"))
     return {
         "reference": len(checked["reference"].images),
         "candidates": len(checked["candidates"].images),
         "refused": {name: reasons_of(part.refused) for name, part in checked.items()},
-        **counts,
+        **{outcome: images["pool-val", outcome] + images["pool", outcome] for outcome in OUTCOMES},
         "reference_with_a_copy": len(set(copies["match_id"].to_pylist())),
-        "reference_copies": _distinct(audit, "val-val", "copy"),
-        "reference_unverifiable": _distinct(audit, "val", "unverifiable"),
+        "reference_copies": images["val-val", "copy"],
+        "reference_unverifiable": images["val", "unverifiable"],
         "overrides": len(set(audit["id"].filter(pc.is_valid(audit["override"])).to_pylist())),
         "going": len(set(of_pool["id"].filter(pc.invert(of_pool["kept"])).to_pylist())),
     }
-
-
-def _distinct(audit: pa.Table, relation: str, outcome: str) -> int:
-    where = pc.and_(pc.equal(audit["relation"], relation), pc.equal(audit["outcome"], outcome))
-    return len(set(audit["id"].filter(where).to_pylist()))
 
 
 def _told(summary: Mapping[str, Any], audit: pa.Table, args: argparse.Namespace) -> str:
