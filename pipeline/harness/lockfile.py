@@ -15,13 +15,10 @@ WRITING = 2.0  # seconds; DVC takes 0.3 to write the lock of 26 stages, and anot
 
 def keep(copies: Path) -> None:
     """Copy dvc.lock into the folder `copies`, if it is whole and another one than is there."""
-    copy = copies / LOCK.name
-    if LOCK.is_file() and not (copy.is_file() and copy.read_bytes() == LOCK.read_bytes()):
+    copy, written = copies / LOCK.name, LOCK.read_bytes() if LOCK.is_file() else b""
+    if not (copy.is_file() and copy.read_bytes() == written) and _is_lock(written):
         with artifact.writing_file(copy) as tmp:
-            shutil.copyfile(LOCK, tmp)
-            whole = is_whole(tmp)
-        if not whole:
-            copy.unlink()
+            tmp.write_bytes(written)
 
 
 def mend(copies: Path) -> str | None:
@@ -46,9 +43,13 @@ def mend(copies: Path) -> str | None:
 
 def is_whole(file: Path) -> bool:
     """Whether a file can be DVC's lock."""
+    return _is_lock(file.read_bytes())
+
+
+def _is_lock(written: bytes) -> bool:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        tree = yaml.load(file.read_bytes(), Loader=loader)  # both are safe; the one in C is ten times as fast
+        tree = yaml.load(written, Loader=loader)  # both are safe; the one in C is ten times as fast
     except (yaml.YAMLError, UnicodeDecodeError):
         return False
     stages = tree.get("stages") if isinstance(tree, dict) else None

@@ -57,6 +57,7 @@ def test_a_broken_lock_is_never_kept(here: Path) -> None:
     (here / "dvc.lock").write_text(WHOLE.partition("path: a")[0])
     lockfile.keep(here / "copies")
     assert not (here / "copies" / "dvc.lock").is_file() or lockfile.is_whole(here / "copies" / "dvc.lock")
+    assert (here / "copies" / "dvc.lock").read_text() == WHOLE  # the good one stays
 
 
 @pytest.mark.whole
