@@ -105,6 +105,11 @@ def _line(event: str, content: Mapping[str, Any]) -> bytes:
     return json.dumps({"event": event, "time": time.time(), **content}).encode() + b"\n"
 
 
+def experiment_name() -> str:
+    """The experiment of MLflow in which the runs of the stages are."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME", "winnow")
+
+
 def open_journal(record: Mapping[str, Any], folder: Path, gathers: bool = False) -> Journal:
     """Begin the journal of the run that `record` (stage, entry, params, inputs, seed, key, lineage) describes.
 
@@ -118,7 +123,7 @@ def open_journal(record: Mapping[str, Any], folder: Path, gathers: bool = False)
         "record": record,
         "gathers": gathers,
         "uri": os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI),
-        "experiment": os.environ.get("MLFLOW_EXPERIMENT_NAME", "winnow"),
+        "experiment": experiment_name(),
         "workspace": str(Path.cwd()),
         "dvc": "DVC_ROOT" in os.environ,
         "tags": {**tags_of_now(), **given_tags()},

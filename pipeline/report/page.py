@@ -49,6 +49,7 @@ def render(
     """One page without outside references, except a link to the gallery that `dedup` drew, if it did."""
     gallery = gallery_of(data)
     steps = _steps(entries, data)
+    pairs_told = _told(comparison)
     baseline, by_name = comparison.baseline, {e.name: e for e in entries}
     best = by_name[comparison.best] if comparison.best else None
     shown = best or by_name[baseline]
@@ -70,8 +71,8 @@ def render(
         rule=RULE,
         verdicts=sentences.verdicts(comparison),
         pairs=_pairs(comparison),
-        told=_told(comparison),
-        untold=len(comparison.pairs) - len(_told(comparison)),
+        told=pairs_told,
+        untold=len(comparison.pairs) - len(pairs_told),
         every=comparison.pairs,
         card=_card(steps, data, licence),
         differing=comparison.classes[:HEAT_CLASSES],

@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.harness.journal import DEFAULT_URI, has_ended, start_mirror
+from pipeline.harness.journal import DEFAULT_URI, experiment_name, has_ended, start_mirror
 from pipeline.tracking import leaderboard
+from pipeline.tracking.experiment import database_of
 from pipeline.tracking.mirror import Mirror
 from pipeline.tracking.waiting import journal_files
 
@@ -56,16 +57,16 @@ def _where_to_look() -> str:
     if uri.startswith("http"):
         return f"see them at {uri}"
     # The first page of MLflow 3 speaks of prompts and traces; these list the models, or the runs of the stages.
-    models = _experiment_of_models(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
+    models = _experiment_of_models(database_of(uri))
     page = leaderboard.address(models) if models else "/#/experiments/1/runs"
     return f"see them with .venv/bin/mlflow ui --backend-store-uri {uri} at\n  http://127.0.0.1:5000{page}"
 
 
-def _experiment_of_models(database: Path) -> str | None:
+def _experiment_of_models(database: Path | None) -> str | None:
     """Its number; None where nothing was compared yet."""
-    if not database.is_file():
+    if database is None or not database.is_file():
         return None
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "winnow") + leaderboard.SUFFIX
+    name = experiment_name() + leaderboard.SUFFIX
     with contextlib.closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened:
         try:
             row = opened.execute("select experiment_id from experiments where name = ?", (name,)).fetchone()

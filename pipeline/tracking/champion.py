@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.harness.journal import DEFAULT_URI, given_tags, metrics_on_disk, tags_of_now
+from pipeline.harness.journal import DEFAULT_URI, experiment_name, given_tags, metrics_on_disk, tags_of_now
 from pipeline.report import comparison
 from pipeline.report.evaluation import Evaluation
 from pipeline.store import artifact
@@ -209,9 +209,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", help="such as `prepare` or `distil.ssld`")
     args = parser.parse_args()
     tags = given_tags()
-    experiment = Experiment(
-        os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI), os.environ.get("MLFLOW_EXPERIMENT_NAME", "winnow")
-    )
+    experiment = Experiment(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI), experiment_name())
     try:
         run_id = summarise(experiment, args.stages, tags)
         champion = best()

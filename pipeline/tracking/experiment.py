@@ -30,7 +30,7 @@ class Experiment:
     def __init__(self, uri: str, experiment: str) -> None:
         self.uri, self._experiment = uri, experiment
         self._client: Any = None
-        self._database = Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+        self._database = database_of(uri)
         self._inode = 0
         self._rest = 0.0
         self.resting_until = 0.0
@@ -90,6 +90,11 @@ class Experiment:
     def was_removed(self) -> bool:
         """Whether the database file was removed or replaced: an open connection would go on writing into the removed one."""
         return self._client is not None and self._database is not None and _inode(self._database) != self._inode
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of an SQLite store; None for another kind of store."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
 @contextlib.contextmanager

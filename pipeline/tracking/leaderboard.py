@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.tracking.comparison import originals, params_of
+from pipeline.tracking.comparison import numbers_of, originals, params_of
 from pipeline.tracking.experiment import Experiment, milliseconds
 
 SUFFIX = " models"
@@ -46,8 +46,7 @@ def write(board: Experiment, stages: Experiment, lineage: Mapping[str, Any], end
         measured, trained = compared.get(key, {}), compared.get(trained_by, {})
         gain = (end["metrics"].get(entry) or {}).get("delta")
         figures = {name: measured.get(name) for name in FIGURES} | {name: trained.get(name) for name in OF_TRAINING}
-        numbers = {"over_baseline": gain, **figures}
-        told = [(name, float(value), now, 0) for name, value in numbers.items() if isinstance(value, int | float)]
+        told = [(name, value, now, 0) for name, value in numbers_of({"over_baseline": gain, **figures}).items()]
         run = known.get(key)
         run_id = run.info.run_id if run else board.create(entry, now, _tags(key, record, training))
         board.client.set_tag(run_id, LATEST, "yes")

@@ -119,8 +119,8 @@ class Mirror:
             if experiment.client.get_run(run_id).info.status == "RUNNING":
                 experiment.client.set_terminated(run_id, "FAILED", end_time=milliseconds(journal.state.last_time))
 
-    def _experiment(self, journal: Waiting) -> Experiment:
-        where = journal.state.uri, journal.begin["experiment"]
+    def _experiment(self, journal: Waiting, suffix: str = "") -> Experiment:
+        where = journal.state.uri, journal.begin["experiment"] + suffix
         return self._experiments.setdefault(where, Experiment(*where))
 
     def _send(self, journal: Waiting, experiment: Experiment) -> None:
@@ -170,8 +170,7 @@ class Mirror:
         files = journal.path.with_suffix(".files")
         if end["status"] == "FINISHED" and journal.begin["gathers"]:
             complete(experiment, run_id, record["lineage"], end, files / "runs.json")
-            where = journal.state.uri, journal.begin["experiment"] + leaderboard.SUFFIX
-            board = self._experiments.setdefault(where, Experiment(*where))
+            board = self._experiment(journal, leaderboard.SUFFIX)
             leaderboard.write(board, experiment, record["lineage"], end)
         client.set_terminated(run_id, end["status"], end_time=milliseconds(end["time"]))
         # After the numbers: a server whose artifact store is out of reach shall not keep the run open.
