@@ -224,8 +224,10 @@ def test_the_whole_pipeline_over_two_pools(site: Site, first: First) -> None:
     assert "/runs/" in made["mlflow-run"]["data"]
 
 
-def test_mlflow_has_one_run_for_all_of_it(first: First) -> None:
-    parents = [run for run in first.mlflow if "mlflow.parentRunId" not in run[2]]
+def test_mlflow_has_one_run_for_all_of_it_and_one_for_each_model(first: First) -> None:
+    models = [run for run in first.mlflow if "winnow.latest" in run[2]]
+    assert sorted(run[0] for run in models) == ["baseline", "ssld"]
+    parents = [run for run in first.mlflow if "mlflow.parentRunId" not in run[2] and run not in models]
     assert [run[0] for run in parents] == ["compare"]
     _, parent, tags, metrics, params = parents[0]
     assert tags["prefect.flow_run_id"] == first.run
