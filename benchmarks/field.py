@@ -30,7 +30,7 @@ PUBLISHED = (  # USB's table of CIFAR-10, as its authors give it: 100 minus the 
     ("FixMatch", ("91.7", "95.0", "95.7")),
     ("FreeMatch", ("95.0", "95.2", "95.9")),
 )
-DIFFERS = "WRN-28-2, MMACS MMACs; 1,048,576 steps of 64 labelled and 448 other images, strong augmentation, PNGs"
+DIFFERS = "WRN-28-2, 214 MMACs; 1,048,576 steps of 64 labelled and 448 other images, strong augmentation, PNGs"
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def table(found: dict[int, list[dict[str, Evaluation]]]) -> str:
 def of(evaluations: Iterable[Evaluation]) -> str:
     measured = list(evaluations)
     clean = [100 * e.clean.top1 for e in measured if e.clean]
-    return f"{seeds.spread([100 * e.val.top1 for e in measured])} ({seeds.spread(clean)})"
+    return seeds.spread([100 * e.val.top1 for e in measured]) + (f" ({seeds.spread(clean)})" if clean else "")
 
 
 if __name__ == "__main__":
