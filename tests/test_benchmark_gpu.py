@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cifar, learning, report, setting, speed, synthetic
 from pipeline.errors import UserError
+from pipeline.models import architectures
 from tests.tiny import encoded, picture, tar_of
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,8 @@ def data_in(folder: Path) -> Path:
     for name, seeds in (("cifar10-train-00.tar", (0, 1)), ("cifar10-train-01.tar", (2, 3)), ("cifar10-val-00.tar", (4, 5))):
         files = {f"{kind}/{seed:04}.png": encoded(picture(10 * seed + i), "PNG") for i, kind in enumerate("ab") for seed in seeds}
         tar_of(folder / name, files)
+    (folder / "teachers").mkdir()
+    torch.save(architectures.create("resnet56", 2).state_dict(), folder / "teachers" / "cifar10-resnet56-0.th")
     return folder
 
 
@@ -58,7 +61,8 @@ def test_every_piece_runs_on_a_bare_machine_once(tmp_path: Path) -> None:
     for row in found["scoring"]["rows"]:
         assert row["ours / bare, compiled, %"] == pytest.approx(row["ours, images/s"] / row["bare, compiled, images/s"], rel=1e-6)
     assert [len(row["loss, ten times"]) for row in found["large-batch"]["rows"]] == [8] * 6  # of 16 steps two a time, of 8 one
-    assert [(row["labels"], row["images"]) for row in found["cifar"]["rows"]] == [(8, "png")] * 2
+    assert [(row["labels"], row["images"]) for row in found["cifar"]["rows"]] == [(8, "png")] * 4
+    assert [row["network"] for row in found["cifar"]["rows"]] == list(cifar.PLANS)
     assert found["cifar"]["rows"][1]["parameters"] == 1_467_610 - 8 * 129  # two classes instead of ten
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "rows").rglob("*.json")}
     assert run(*args).returncode == 0
@@ -183,6 +187,16 @@ def test_real_images_are_read_and_drawn(tmp_path: Path) -> None:
     tar_of(tmp_path / "cifar10-val-01.tar", {"a/x/1.png": encoded(picture(0), "PNG")})
     with pytest.raises(UserError, match="members must be <class>/<file>"):
         cifar.read(tmp_path, cifar.TARS["val"])
+
+
+def test_without_its_teacher_the_distilled_rows_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = data_in(tmp_path)
+    every = cifar.cifar(given(tmp_path, data=data))
+    (data / "teachers" / "cifar10-resnet56-0.th").unlink()
+    some = cifar.cifar(given(tmp_path, data=data))
+    assert every is not None and some is not None
+    assert every.keys() - some.keys() == {"resnet20-all-labels-distilled-0"}
+    assert "teachers/cifar10-resnet56-*.th" in capsys.readouterr().err
 
 
 def test_without_images_the_piece_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
