@@ -194,7 +194,8 @@ def test_without_its_teacher_the_distilled_rows_are_left_out(tmp_path: Path, cap
     every = cifar.cifar(given(tmp_path, data=data))
     (data / "teachers" / "cifar10-resnet56-0.th").unlink()
     some = cifar.cifar(given(tmp_path, data=data))
-    assert every is not None and some is not None
+    assert every is not None
+    assert some is not None
     assert every.keys() - some.keys() == {"resnet20-all-labels-distilled-0"}
     assert "teachers/cifar10-resnet56-*.th" in capsys.readouterr().err
 
