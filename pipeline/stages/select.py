@@ -80,7 +80,7 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workd
         else:
             taken, available = shared_out(scored, members, params.skip + params.k)
         taken = taken.after(params.skip)
-        rows = np.unique(taken.images)
+        rows = np.flatnonzero(np.bincount(taken.images, minlength=images))  # np.unique takes a third of the time of the query
     if params.rule in ("balanced", "random", "all"):
         first = scored.matrix(names_of("class", 1))[:, 0].astype(np.int64)
         if params.rule == "balanced":
@@ -98,7 +98,7 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workd
     metrics = {
         "images": len(rows),
         "pool": images,
-        "in_several_classes": int((np.unique(taken.images, return_counts=True)[1] > 1).sum()),
+        "in_several_classes": int((np.bincount(taken.images) > 1).sum()),
         "classes_short": len(short),
         "short": short,
     }
