@@ -62,12 +62,12 @@ def gradient(student: Tensor, teacher: Tensor | Best, temperature: float) -> Ten
 
 
 def known(teacher: Tensor, m: int, temperature: float, way: str) -> Tensor | Best:
-    """What a student is told, from a table as `label` writes it."""
-    names = [str(i) for i in range(len(teacher))]
-    stored = labels.table(names, [teacher], m, temperature)
-    classes = torch.from_numpy(labels.flat(stored["classes"]).astype(np.int64)).view(-1, m)
-    log_p = torch.from_numpy(labels.flat(stored["log_p"]).astype(np.float32)).view(-1, m)
-    log_rest = torch.from_numpy(labels.flat(stored["log_rest"]).copy())
+    """What a student is told, as `label` keeps it."""
+    kept = labels.kept([teacher], m, temperature)
+    classes = torch.from_numpy(kept.classes[0].astype(np.int64))
+    log_p = torch.from_numpy(kept.log_p[0].astype(np.float32))
+    assert kept.log_rest is not None  # m is less than all
+    log_rest = torch.from_numpy(kept.log_rest[0])
     if way == "lumped":
         return Best(classes, log_p, log_rest, temperature)
     others = teacher.shape[1] - m

@@ -4,6 +4,7 @@ python -m pipeline check [--params FILE]     the mistakes in keys, values and na
                                              a dvc.lock that a kill left broken is put back
 python -m pipeline schema                    write params.schema.json, by which editors complete and check
 python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
+python -m pipeline bundle FOLDER --out OUT   put the files of a folder into tars (`bundle --help`)
 python -m pipeline predict MODEL IMAGES...   classify pictures (`predict --help` says what it takes)
 """
 
@@ -26,6 +27,7 @@ from pipeline.harness.reference import Row, rows, summary, told
 from pipeline.harness.stage import PARAMS_FILE, WORK, exit_codes, is_out
 from pipeline.predict import arguments as predicting
 from pipeline.report.evaluation import not_a_baseline
+from pipeline.sources import bundle as bundling
 from pipeline.store import params
 from pipeline.store.params import NEEDED, SHELVES, SINGLE, STAGES, Names, ParamsError, Section
 
@@ -38,17 +40,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,predict}")
+    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,bundle,predict}")
     commands.add_parser("check").add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
     commands.add_parser("schema")
     commands.add_parser("reference")
+    bundling.add_arguments(commands.add_parser("bundle", description=bundling.DESCRIPTION))
     predicting.add_arguments(commands.add_parser("predict", description=predicting.DESCRIPTION))
     args = parser.parse_args()
-    with exit_codes("it begins anew"):
+    with exit_codes("it goes on where it stopped" if args.do == "bundle" else "it begins anew"):
         if args.do == "schema":
             SCHEMA.write_text(schema())
         elif args.do == "reference":
             REFERENCE.write_text(reference())
+        elif args.do == "bundle":
+            sys.stderr.write(f"{bundling.bundle(args.folder, args.out, args.megabytes)}\n")
         elif args.do == "predict":
             from pipeline.predict import command  # torch, and only here
 

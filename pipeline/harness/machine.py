@@ -22,8 +22,8 @@ class Machine(Section):
     workers: NonNegativeInt = 0
     """Threads that decode, or processes that do shards; 0: one per usable core."""
     memory_gb: PositiveFloat = 4.0
-    """Decoded images up to this size stay in memory (of each process), in gigabytes; larger sets are decoded batch by batch.
-    `select` sorts within it, too."""
+    """Decoded images up to this size stay in memory, in gigabytes, once for all processes that train together on a machine;
+    larger sets are decoded batch by batch. `select` sorts within it, too."""
     checkpoint_minutes: PositiveFloat = 5.0
     """How much work a killed training may lose, in minutes."""
     processes: PositiveInt = 1

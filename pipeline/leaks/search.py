@@ -183,8 +183,7 @@ class Shard(NamedTuple):
 
 
 def _pack(table: pa.Table) -> bytes:
-    paths = table["path"].cast(pa.string())  # a slice of the dictionary column would carry the paths of all images
-    table = table.set_column(table.schema.get_field_index("path"), "path", paths)
+    table = table.cast(manifest.STORED)  # a slice of the dictionary column would carry the paths of all images
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

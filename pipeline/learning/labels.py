@@ -1,9 +1,11 @@
 """The format of cached soft labels: what a teacher said about V views of each of N images, as the stage `label` writes it.
 
-A row per image: `id`; `classes` (uint16) and `log_p` (float16), its m best classes and their log-probabilities, V x m of each,
-the best first in each view. Where m is less than all, `log_rest` (float32), V of them, says what the other classes have together
-at temperature T: the logarithm of the sum of p^(1/T). A view is a function of (seed, number of the view, row of the label): the
-facts beside the rows are all that is kept of it.
+`labels.parquet` has the `id` of each image, and the facts. Beside it lie NumPy's own files, which every process that trains
+maps into its memory, so that all of a machine share one copy: `classes.npy` (uint16) and `log_p.npy` (float16), V x N x m, the
+m best classes and their log-probabilities, the best first. Where m is less than all, `log_rest.npy` (float32), V x N, says what
+the other classes have together at temperature T: the logarithm of the sum of p^(1/T). A pass needs one view of each image:
+these lie side by side. A view is a function of (seed, number of the view, row of the label): the facts are all that is kept
+of it.
 """
 
 import json
@@ -19,9 +21,11 @@ import torch.nn.functional as F
 from pydantic import BaseModel
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.learning.views import View
 
 FILE = "labels.parquet"
+CLASSES, LOG_P, LOG_REST = "classes.npy", "log_p.npy", "log_rest.npy"
 
 
 class Facts(BaseModel):
@@ -42,13 +46,19 @@ class Facts(BaseModel):
     precision: str
 
 
-class Labels(NamedTuple):
-    """`classes` and `log_p`: (N, V, m); `log_rest`: (N, V), None where all classes are kept."""
+class Kept(NamedTuple):
+    """`classes` and `log_p`: (V, N, m), uint16 and float16; `log_rest`: (V, N) float32, None where all classes are kept."""
 
-    ids: pa.ChunkedArray
     classes: np.ndarray
     log_p: np.ndarray
     log_rest: np.ndarray | None
+
+
+class Labels(NamedTuple):
+    """`ids`: (N,); `kept`: read-only, mapped from their files."""
+
+    ids: pa.ChunkedArray
+    kept: Kept
     facts: Facts
 
 
@@ -73,39 +83,56 @@ class Best(NamedTuple):
         return known, torch.cat([log_q.gather(1, self.classes), rest], 1)
 
 
-def table(ids: pa.ChunkedArray, logits: Sequence[Tensor], m: int, temperature: float) -> pa.Table:
-    """The labels of N images from the (N, C) float32 logits of each view."""
-    every = torch.stack(list(logits), 1).log_softmax(2)  # N, V, C
-    log_p, best = every.topk(m)  # N, V, m
-    columns = {"id": ids, "classes": _lists(best, np.uint16, m), "log_p": _lists(log_p, np.float16, m)}
-    if m < every.shape[2]:
-        rest = (every / temperature).scatter(2, best, -torch.inf).logsumexp(2)  # N, V
-        columns["log_rest"] = _lists(rest, np.float32, 1)
-    return pa.table(columns)
+def kept(logits: Sequence[Tensor], m: int, temperature: float) -> Kept:
+    """What is kept of the (N, C) float32 logits of each view."""
+    every = torch.stack(list(logits)).log_softmax(2)  # V, N, C
+    log_p, best = every.topk(m)  # V, N, m
+    rest = (every / temperature).scatter(2, best, -torch.inf).logsumexp(2).numpy() if m < every.shape[2] else None  # V, N
+    return Kept(best.numpy().astype(np.uint16), log_p.numpy().astype(np.float16), rest)
+
+
+def write_part(folder: Path, ids: pa.ChunkedArray, part: Kept) -> None:
+    """Write the labels of some of the images into the artifact being made at `folder`."""
+    pq.write_table(pa.table({"id": ids}), folder / FILE, compression="zstd", use_dictionary=False)
+    for name, values in zip((CLASSES, LOG_P, LOG_REST), part, strict=True):
+        if values is not None:
+            np.save(folder / name, values)
 
 
 def write(folder: Path, parts: Sequence[Path], facts: Facts) -> None:
-    """Write the labels of all parts, folders with a table each, into the artifact being made at `folder`."""
+    """Write the labels of all parts, folders of `write_part`, into the artifact being made at `folder`."""
     about = {"facts": json.dumps(facts.model_dump(mode="json"))}
     schema = pq.read_schema(parts[0] / FILE).with_metadata(about)
-    with pq.ParquetWriter(folder / FILE, schema, compression="zstd") as writer:
+    images = 0
+    with pq.ParquetWriter(folder / FILE, schema, compression="zstd", use_dictionary=False) as writer:
         for part in parts:
-            writer.write_table(pq.read_table(part / FILE))
+            ids = pq.read_table(part / FILE)
+            images += len(ids)
+            writer.write_table(ids)
+    for name in (CLASSES, LOG_P, LOG_REST):
+        if (parts[0] / name).exists():
+            _join(folder / name, [part / name for part in parts], images)
+
+
+def _join(to: Path, parts: Sequence[Path], images: int) -> None:
+    """Write one array of V x N from those of V x n; few are open at a time, and one view of one part is in memory."""
+    first = np.load(parts[0], mmap_mode="r")
+    shape = (first.shape[0], images, *first.shape[2:])
+    with to.open("wb") as file:
+        described = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, described)
+        for view in range(len(first)):
+            for part in parts:
+                file.write(np.ascontiguousarray(np.load(part, mmap_mode="r")[view]).data)
 
 
 def read(folder: Path) -> Labels:
-    stored = pq.read_table(folder / FILE)
+    """Raises UserError for labels of an older version."""
+    stored = pq.read_table(folder / FILE, columns=["id"])
+    if not (folder / CLASSES).is_file():
+        raise UserError(f"{folder} holds labels as an older version of winnow wrote them. Remake it: `dvc repro`.")
     facts = Facts.model_validate_json(stored.schema.metadata[b"facts"])
-    shape = (len(stored), facts.views, -1)
-    log_rest = flat(stored["log_rest"]).reshape(shape[:2]) if "log_rest" in stored.column_names else None
-    return Labels(stored["id"], flat(stored["classes"]).reshape(shape), flat(stored["log_p"]).reshape(shape), log_rest, facts)
-
-
-def _lists(values: Tensor, kind: Any, m: int) -> pa.FixedSizeListArray:
-    """(N, V, ...) with m values of each view -> a list for each image."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.numpy().astype(kind).ravel()), values.shape[1] * m)
-
-
-def flat(column: pa.ChunkedArray) -> np.ndarray:
-    """The values of all lists of a column, one after another."""
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    # np.memmap itself would look for its file again with every slice
+    mapped = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in (CLASSES, LOG_P)]
+    log_rest = np.asarray(np.load(folder / LOG_REST, mmap_mode="r")) if (folder / LOG_REST).exists() else None
+    return Labels(stored["id"], Kept(mapped[0], mapped[1], log_rest), facts)

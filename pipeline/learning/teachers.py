@@ -92,14 +92,13 @@ class Cached:
     """
 
     def __init__(self, folder: Path, classes: tuple[str, ...], seen: manifest.Manifest, on: Device, statistics: str) -> None:
-        kept = labels.read(folder)
-        facts = kept.facts
+        ids, kept, facts = labels.read(folder)
         if facts.classes != classes:
             raise LabelsError(f"{folder} has labels of other classes than the training images. Remake it: `dvc repro`.")
-        self.at = _places(kept.ids, seen.table["id"])  # N
+        self.at = _places(ids, seen.table["id"])  # N
         if missing := int((self.at < 0).sum()):
             raise LabelsError(
-                f"{folder} has labels of {len(kept.ids):,} images, but none of {missing:,} of the {len(seen):,} to learn on. "
+                f"{folder} has labels of {len(ids):,} images, but none of {missing:,} of the {len(seen):,} to learn on. "
                 "Its entry of `label` must name `images` that hold them all, and have `labelled` where this one has."
             )
         if statistics != "eval":
@@ -108,7 +107,7 @@ class Cached:
         self.seed, self.view, self.views = facts.seed, facts.view, facts.views
         self.count, self.folder, self.on = len(classes), folder, on
         self.networks: list[tuple[nn.Module, int]] = []
-        self.classes, self.log_p, self.log_rest = kept.classes, kept.log_p, kept.log_rest  # N, V, m; N, V, m; N, V
+        self.classes, self.log_p, self.log_rest = kept  # V, N, m; V, N, m; V, N
         self.temperature, self.m = facts.temperature, kept.log_p.shape[2]
         if self.log_rest is None and self.m < self.count:
             raise LabelsError(f"{folder} does not say what the classes have that it left out. Remake it: `dvc repro`.")
@@ -149,11 +148,11 @@ class Cached:
     def answers(self, batch: Batch) -> Tensor | Best:
         """(B, C) log-probabilities where all classes are kept, else the best of them."""
         view, rows = batch.passes % self.views, self.at[batch.rows]
-        log_p = torch.from_numpy(self.log_p[rows, view]).float().to(self.on.device)  # B, m
-        best = torch.from_numpy(self.classes[rows, view].astype(np.int64)).to(self.on.device)
+        log_p = torch.from_numpy(self.log_p[view, rows]).float().to(self.on.device)  # B, m
+        best = torch.from_numpy(self.classes[view, rows].astype(np.int64)).to(self.on.device)
         if self.log_rest is None:
             return torch.empty_like(log_p).scatter_(1, best, log_p)
-        return Best(best, log_p, torch.from_numpy(self.log_rest[rows, view]).to(self.on.device), self.temperature)
+        return Best(best, log_p, torch.from_numpy(self.log_rest[view, rows]).to(self.on.device), self.temperature)
 
 
 def _places(labelled: pa.ChunkedArray, seen: pa.ChunkedArray) -> np.ndarray:

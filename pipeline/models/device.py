@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.harness import ranks
+from pipeline.harness import allocator, ranks
 from pipeline.harness.machine import Machine
 
 
@@ -38,10 +38,11 @@ class Device:
 
 
 def pick(machine: Machine) -> Device:
-    """The device that `machine` asks for; sets torch's thread count, and that nothing stands in for float32.
+    """The device that `machine` asks for; sets torch's thread count, that nothing stands in for float32, and how memory is kept.
 
     Raises UserError for a device that is not there.
     """
+    allocator.keep_freed()
     torch.set_num_threads(machine.cores(machine.threads))
     torch.set_float32_matmul_precision("highest")  # TF32 would cut a float32 classifier's inputs to three digits
     torch.backends.cudnn.allow_tf32 = False

@@ -1,6 +1,7 @@
 """What a network takes: square canvases of a manifest's images, in memory or decoded on demand, normalised."""
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.errors import UserError
-from pipeline.harness import progress
+from pipeline.harness import progress, ranks, shared
 from pipeline.harness.machine import Machine
 from pipeline.store import manifest
 from pipeline.store.decode import ImageRefused, decode
@@ -95,18 +96,26 @@ class OnDisk:
 def load(images: manifest.Manifest, side: int, machine: Machine, label: str, whole: bool = False) -> Pixels:
     """Decode images to square canvases of `side` pixels: in memory if `machine` lets them, else on demand.
 
-    `whole`: canvases hold the whole image, squeezed, to cut crops from; otherwise its central square. `label` stands before the
+    The processes of a group on one machine decode a part each and share the memory; all of them have to call this. `whole`:
+    canvases hold the whole image, squeezed, to cut crops from; otherwise its central square. `label` stands before the
     progress. Raises ManifestError or ImageRefused, naming the image, if one cannot be read any more.
     """
     workers = machine.cores(machine.workers)
     if len(images) * side * side * 3 > machine.memory_gb * 1e9:
         return OnDisk(images, side, workers, whole)
-    decoded = np.empty((len(images), side, side, 3), np.uint8)
-    chunks = np.array_split(np.arange(len(images)), max(1, len(images) // 256))
-    with ThreadPoolExecutor(workers) as threads, progress.bar(len(images), "images", f"{label}: decoding") as shown:
+    shape = (len(images), side, side, 3)
+    common = shared.Memory(math.prod(shape)) if shared.is_possible() else None
+    turns = ranks.on_this_machine() if common is not None else 1
+    chunks = np.array_split(np.arange(len(images)), max(turns, len(images) // 256))
+    if common is not None:
+        chunks = chunks[ranks.local_rank() :: turns]
+    decoded = np.empty(shape, np.uint8) if common is None else np.frombuffer(common.bytes, np.uint8, common.size).reshape(shape)
+    with ThreadPoolExecutor(workers) as threads, progress.bar(sum(map(len, chunks)), "images", f"{label}: decoding") as shown:
         for chunk, part in zip(chunks, threads.map(lambda c: _decode_rows(images, c, side, whole), chunks), strict=True):
             decoded[chunk] = part
             shown.update(len(chunk))
+    if common is not None:
+        common.meet()
     return InMemory(decoded)
 
 

@@ -17,8 +17,8 @@ MAX_BYTES = 1 << 30  # of a file: a larger one is no image, and is not read
 MEASURED = pa.schema([("width", pa.int32()), ("height", pa.int32()), ("crc32", pa.uint32()), ("reason", pa.string())])
 QUARANTINE = pa.schema(
     [
-        ("id", pa.string()),
-        ("path", pa.string()),
+        ("id", pa.large_string()),
+        ("path", pa.large_string()),
         ("offset", pa.int64()),
         ("size", pa.int64()),
         ("role", pa.string()),  # labelled, val or pool

@@ -1,5 +1,6 @@
 """Image files in folders."""
 
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,11 @@ class Folder(Section):
     def files(self, request: Request) -> Iterator[File]:
         """Every file below the folders, hidden and unreadable ones with their reason."""
         for folder in request.matching(self.path):
-            yield from with_class_folders(_members(folder), folder, request, in_tar=False)
+            yield from with_class_folders(members(folder), folder, request, in_tar=False)
 
 
-def _members(folder: Path) -> Iterator[Member]:
+def members(folder: Path) -> Iterator[Member]:
+    """All that lies below a folder, sorted by name in each. Raises SourceError for what is no folder, or has no end."""
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder. For a tar, say `kind: tar`.")
     yield from _below(folder, "", frozenset())
@@ -35,8 +37,8 @@ def _below(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iter
     here = folder.stat()
     if (here.st_dev, here.st_ino) in above:
         raise SourceError(f"{folder} is a link to a folder that holds it, so it has no end. Remove the link.")
-    for path in folder.iterdir():
-        name = prefix + path.name
+    for entry in sorted(os.listdir(folder)):  # noqa: PTH208 - names alone, as a folder may hold millions
+        name, path = prefix + entry, folder / entry
         try:
             kind = path.stat()
         except FileNotFoundError:

@@ -13,8 +13,8 @@ from pipeline.sources.tars import Tars
 
 LISTED = pa.schema(
     [
-        ("id", pa.string()),
-        ("path", pa.dictionary(pa.int32(), pa.string())),
+        ("id", pa.large_string()),
+        ("path", pa.dictionary(pa.int32(), pa.large_string())),
         ("offset", pa.int64()),
         ("size", pa.int64()),
         ("class", pa.dictionary(pa.int32(), pa.string())),  # null in the pool

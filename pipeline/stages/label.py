@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
@@ -115,9 +114,9 @@ class Labelling:
         expert, pixels, (seen, labelled, _) = self.opened()
         rows = np.arange(shard.first, shard.last)
         ids, m = seen.table["id"].slice(shard.first, len(rows)), min(self.params.m, len(labelled.classes))
-        table = labels.table(ids, _logits(expert, pixels, rows, self.params, self.seed), m, self.params.temperature)
+        kept = labels.kept(_logits(expert, pixels, rows, self.params, self.seed), m, self.params.temperature)
         with artifact.writing(shard.folder) as tmp:
-            pq.write_table(table, tmp / labels.FILE)
+            labels.write_part(tmp, ids, kept)
         return len(rows)
 
 

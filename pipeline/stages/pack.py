@@ -1,8 +1,6 @@
 """Images resized once and packed in tars, so that a long training decodes small ones."""
 
 import functools
-import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +57,7 @@ def run(params: Pack, *, chosen: Path, train: Path, out: Path, tars_out: Path, w
         for folder in folders:
             (to / folder.name).mkdir()
             for tar in folder.glob("*.tar"):
-                _link(tar, to / folder.name / tar.name)
+                artifact.link(tar, to / folder.name / tar.name)
         table = pa.concat_tables(tables)
         manifest.write(tmp, table, listed.classes)
     before, after = (int(np.sum(part["size"].to_numpy())) for part in (listed.table, table))
@@ -131,14 +129,6 @@ def _shard(listed: Manifest, rows: np.ndarray, packed: Iterator[tuple[bytes, int
                 columns[name].append(value)
     kept = listed.table.slice(int(rows[0]), len(rows))
     return pa.table({"id": kept["id"], **columns, "label": kept["label"]}, schema=manifest.SCHEMA)
-
-
-def _link(source: Path, to: Path) -> None:
-    """Give a finished file its second name, or copy it where the working folder is on another disk."""
-    try:
-        os.link(source, to)
-    except OSError:
-        shutil.copyfile(source, to)
 
 
 if __name__ == "__main__":

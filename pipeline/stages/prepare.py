@@ -122,7 +122,7 @@ def run(
 
 
 def _expect_no_image_twice(listed: Sequence[Listing]) -> None:
-    ids = pa.chunked_array([chunk for listing in listed for chunk in listing.table["id"].chunks], pa.string())
+    ids = pa.chunked_array([chunk for listing in listed for chunk in listing.table["id"].chunks], pa.large_string())
     if pc.count_distinct(ids).as_py() == len(ids):
         return
     counts = pc.value_counts(ids)

@@ -67,10 +67,10 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workd
 
     The result does not depend on threads, memory or row groups. Raises UserError if the scores are of another pool.
     """
-    images = manifest.read(pool)
-    scored = _open(artifact.verify(scores), pool, len(images))
+    images = manifest.count(pool)
+    scored = _open(artifact.verify(scores), pool, images)
     classes = scored.classes
-    rows = np.arange(len(images))
+    rows = np.arange(images) if params.rule == "all" else np.empty(0, np.int64)
     if params.rule != "all":
         members = _members(params, scored)
         if params.several or members == 1:
@@ -80,13 +80,13 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workd
         else:
             taken, available = shared_out(scored, members, params.skip + params.k)
         taken = taken.after(params.skip)
-        rows = np.unique(taken.images)
+        rows = np.flatnonzero(np.bincount(taken.images, minlength=images))  # np.unique takes a third of the time of the query
     if params.rule in ("balanced", "random", "all"):
         first = scored.matrix(names_of("class", 1))[:, 0].astype(np.int64)
         if params.rule == "balanced":
             rows = _balanced(first, np.bincount(taken.classes, minlength=len(classes)), seed)
         elif params.rule == "random":
-            rows = np.sort(np.random.default_rng(seed).permutation(len(images))[: len(rows)])
+            rows = np.sort(np.random.default_rng(seed).permutation(images)[: len(rows)])
         taken, available = (
             Taken(rows, first[rows], np.full(len(rows), -1, np.float32)),
             np.bincount(first, minlength=len(classes)),
@@ -97,17 +97,27 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workd
     _warn(short, params.k, len(classes))
     metrics = {
         "images": len(rows),
-        "pool": len(images),
+        "pool": images,
         "in_several_classes": int((np.bincount(taken.images) > 1).sum()),
         "classes_short": len(short),
         "short": short,
     }
     with artifact.writing(out) as tmp:
-        chosen = images.take(rows).table.drop("label")
-        manifest.write(tmp, chosen.append_column("label", pa.nulls(len(rows))), classes)
+        _write(tmp, pool, rows, classes)
         selection = {**params.model_dump(), **metrics, "classes": per_class}
         (tmp / SELECTION).write_text(json.dumps(selection, indent=1) + "\n")
     return metrics
+
+
+def _write(folder: Path, pool: Path, rows: np.ndarray, classes: tuple[str, ...]) -> None:
+    """The given rows of `pool`, ascending, without labels: its row groups go through memory one by one."""
+    with manifest.Writer(folder, classes) as writer:
+        first = 0
+        for group in manifest.groups(pool):
+            start, end = np.searchsorted(rows, (first, first + len(group)))
+            first += len(group)
+            chosen = group.drop("label").take(pa.array(rows[start:end] - (first - len(group))))
+            writer.add(chosen.append_column("label", pa.nulls(len(chosen), pa.int32())))
 
 
 def _open(scores: Path, pool: Path, images: int) -> Scores:

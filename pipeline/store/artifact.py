@@ -72,6 +72,14 @@ def copy(source: Path, out: Path) -> None:
         shutil.copytree(source, tmp, dirs_exist_ok=True)
 
 
+def link(source: Path, to: Path) -> None:
+    """Give a finished file its second name, or copy it where that is on another disk."""
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copyfile(source, to)
+
+
 @contextlib.contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
     if discard.get():

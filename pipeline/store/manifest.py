@@ -23,8 +23,8 @@ from pipeline.store import artifact
 FILE = "manifest.parquet"
 SCHEMA = pa.schema(
     [
-        ("id", pa.string()),  # unique and stable: <file of the source>/<name within it>
-        ("path", pa.dictionary(pa.int32(), pa.string())),  # relative to the working directory of the stages
+        ("id", pa.large_string()),  # unique and stable: <file of the source>/<name within it>; more than 2 GiB of them in all
+        ("path", pa.dictionary(pa.int32(), pa.large_string())),  # relative to the working directory of the stages
         ("offset", pa.int64()),  # of the image's first byte: 0 for a file of its own, else inside an uncompressed tar
         ("size", pa.int64()),  # bytes
         ("width", pa.int32()),  # pixels, after EXIF orientation
@@ -33,6 +33,13 @@ SCHEMA = pa.schema(
         ("label", pa.int32()),  # index into `classes`; null in the pool
     ]
 )
+STORED = SCHEMA.set(SCHEMA.get_field_index("path"), pa.field("path", pa.large_string()))
+"""The columns in the file. Parquet would repeat the dictionary of all paths in each row group: with a file for each image, the
+size would grow as the square of their number."""
+GROUP = 1 << 18
+"""Rows of a row group, which is what a reader and a writer that go through a manifest hold at a time."""
+REPEATING = ["path", "width", "height", "label"]
+"""The columns whose values repeat; for the others Parquet's own dictionaries take time and bring nothing."""
 
 
 Amount = PositiveInt | Annotated[float, Field(gt=0, le=1)]
@@ -74,12 +81,38 @@ class Manifest:
 def read(folder: Path) -> Manifest:
     """Read and verify a manifest artifact. Raises ArtifactError or ManifestError."""
     artifact.verify(folder)
-    if not (folder / FILE).is_file():
-        raise ManifestError(f"{folder} has no {FILE}: images are expected here (an artifact of prepare, dedup or select).")
-    table = pq.read_table(folder / FILE)
-    classes = tuple(json.loads((table.schema.metadata or {}).get(b"classes", b"[]")))
+    _expect_one(folder)
+    table = pq.read_table(folder / FILE, read_dictionary=["path"])
+    classes = _classes(table.schema)
     # One chunk: to take a few rows of a string column in many chunks, pyarrow goes through all of it.
     return Manifest(table.cast(SCHEMA).unify_dictionaries().combine_chunks(), classes)
+
+
+def _classes(schema: pa.Schema) -> tuple[str, ...]:
+    return tuple(json.loads((schema.metadata or {}).get(b"classes", b"[]")))
+
+
+def count(folder: Path) -> int:
+    """The number of images of a manifest artifact, which is verified but not read. Raises ArtifactError or ManifestError."""
+    artifact.verify(folder)
+    return _opened(folder).metadata.num_rows
+
+
+def groups(folder: Path) -> Iterator[pa.Table]:
+    """The rows of a manifest artifact, some hundred thousand at a time, with the columns of STORED; nothing is verified."""
+    file = _opened(folder)
+    for number in range(file.num_row_groups):
+        yield file.read_row_group(number, use_threads=False).cast(STORED)
+
+
+def _expect_one(folder: Path) -> None:
+    if not (folder / FILE).is_file():
+        raise ManifestError(f"{folder} has no {FILE}: images are expected here (an artifact of prepare, dedup or select).")
+
+
+def _opened(folder: Path) -> pq.ParquetFile:
+    _expect_one(folder)
+    return pq.ParquetFile(folder / FILE)
 
 
 def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
@@ -90,22 +123,47 @@ def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
     table = table.select(SCHEMA.names).cast(SCHEMA)
     ids = table["id"]
     if len(ids) > 1 and not pc.all(pc.less(ids[:-1], ids[1:])).as_py():
-        table = table.sort_by("id")
+        table = table.unify_dictionaries().sort_by("id")
         again = pc.index(pc.equal(table["id"][:-1], table["id"][1:]), True).as_py()
         if again >= 0:
             raise ManifestError(f"the image id {table['id'][again]} occurs twice.")
-    table = table.set_column(SCHEMA.get_field_index("path"), SCHEMA.field("path"), _in_order_of_use(table["path"]))
-    table = table.combine_chunks().replace_schema_metadata({"classes": json.dumps(list(classes))})
-    pq.write_table(table, folder / FILE, compression="zstd", row_group_size=1 << 18)
+    with Writer(folder, classes) as writer:
+        for start in range(0, len(table), GROUP):
+            writer.add(table.slice(start, GROUP))
 
 
-def _in_order_of_use(column: pa.ChunkedArray) -> pa.Array:
-    """A dictionary column with a dictionary of the values in use alone, in the order of their first row."""
-    if not len(column):
-        return pa.array([], column.type)
-    column = column.unify_dictionaries()
-    indices = pa.chunked_array([chunk.indices for chunk in column.chunks]).combine_chunks().dictionary_encode()
-    return pa.DictionaryArray.from_arrays(indices.indices, column.chunk(0).dictionary.take(indices.dictionary))
+class Writer:
+    """Writes the manifest of an artifact being made at `folder`, from rows that come sorted by id.
+
+    The bytes are those of `write` for the same rows, however many come at a time; it holds GROUP of them at most beside these.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str]) -> None:
+        schema = STORED.with_metadata({"classes": json.dumps(list(classes))})
+        self.file = pq.ParquetWriter(folder / FILE, schema, compression="zstd", use_dictionary=REPEATING)
+        self.waiting: list[pa.Table] = []
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.waiting:
+            self._write(pa.concat_tables(self.waiting))
+        self.file.close()
+
+    def add(self, table: pa.Table) -> None:
+        """`table`: the columns of SCHEMA or of STORED."""
+        self.waiting.append(table.select(STORED.names).cast(STORED))
+        if sum(map(len, self.waiting)) >= GROUP:
+            whole = pa.concat_tables(self.waiting)
+            full = len(whole) // GROUP * GROUP
+            for start in range(0, full, GROUP):
+                self._write(whole.slice(start, GROUP))
+            self.waiting = [whole.slice(full)] if full < len(whole) else []
+
+    def _write(self, rows: pa.Table) -> None:
+        # One chunk: Arrow ends a page where a chunk ends, once the page is large enough.
+        self.file.write_table(rows.combine_chunks(), row_group_size=GROUP)
 
 
 def concat(parts: Sequence[Manifest]) -> Manifest:
@@ -166,11 +224,12 @@ def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[
 
     Raises ManifestError if a file is gone or its bytes are not those that `prepare` saw.
     """
-    table = images.table.select(["id", "path", "offset", "size", "crc32"]).take(pa.array(rows, pa.int64()))
+    table = images.table.select(["path", "offset", "size", "crc32"]).take(pa.array(rows, pa.int64()))
     with Opened() as opened:
-        for image, path, offset, size, crc in zip(*table.to_pydict().values(), strict=True):
+        for row, path, offset, size, crc in zip(rows, *table.to_pydict().values(), strict=True):
             data = opened.read(path, offset, size)
             if len(data) != size or zlib.crc32(data) != crc:
+                image = images.table["id"][int(row)].as_py()
                 raise ManifestError(
                     f"{path}: the image {image} is not the one that `prepare` indexed ({len(data)} of {size} bytes "
                     "read). Put the file back, or run `dvc repro prepare` to index what is there now."

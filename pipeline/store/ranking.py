@@ -74,17 +74,21 @@ def ranked(scored: Scores, members: int, k: int, temp: Path, threads: int, memor
             heaps = np.minimum(heaps, [sizes.get(c, 1) for c in range(classes)])
         db.execute(f"SET threads = {min(threads, max(1, int(room / heaps.sum())))}")
         db.execute("SET VARIABLE heaps = ?", [heaps.tolist()])
+        # To look the size up for each pair takes half as long as all the rest.
+        heap = str(heaps.max()) if heaps.min() == heaps.max() else "getvariable('heaps')[class + 1]"
         # One integer ranks a pair within its class: the bits of a float32 that is not negative sort as the number does, and
-        # below them stands the row. A log p above 0 is rounding noise.
-        best = db.sql(
-            f"""
+        # below them stands the row. A log p above 0 is rounding noise, and becomes 0 by (x + |x|) / 2: `greatest` takes a quarter
+        # of the time of all the rest.
+        query = f"""
             SELECT class, count(*) AS available, max(abs(surprisal)) AS largest,
-                min((greatest(surprisal, 0::FLOAT)::BIT::INTEGER::BIGINT << 32) | image, getvariable('heaps')[class + 1]) AS keys
+                min((((surprisal + abs(surprisal)) * 0.5::FLOAT)::BIT::INTEGER::BIGINT << 32) | image, {heap}) AS keys
             FROM ({pairs})
             GROUP BY class
-            """,
-            params=table,
-        ).to_arrow_table()
+        """
+        try:
+            best = db.sql(query, params=table).to_arrow_table()
+        except duckdb.OutOfRangeException:  # the bits of a NaN whose sign is set cannot be shifted
+            raise _broken(scored) from None
     _refuse_nan(best["largest"].to_numpy(), scored)
     number = best["class"].to_numpy().astype(np.int64)
     available = np.zeros(classes, np.int64)
@@ -125,4 +129,8 @@ def shared_out(scored: Scores, members: int, k: int) -> tuple[Taken, np.ndarray]
 
 def _refuse_nan(surprisals: np.ndarray, scored: Scores) -> None:
     if not np.isfinite(surprisals).all():
-        raise UserError(f"{scored.file} holds logits that are NaN or infinite: their teacher is broken. Look at its training.")
+        raise _broken(scored)
+
+
+def _broken(scored: Scores) -> UserError:
+    return UserError(f"{scored.file} holds logits that are NaN or infinite: their teacher is broken. Look at its training.")

@@ -15,7 +15,7 @@ from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
 from pipeline.learning import views
-from pipeline.learning.loop import fit, optimisers
+from pipeline.learning.loop import fit, optimisers, state
 from pipeline.models import architectures, inputs
 from pipeline.models.device import Device
 
@@ -97,6 +97,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
         train(tmp_path, training, spoil=lambda step, value: value * float("nan") if step == 7 else value)
     resumed, _ = train(tmp_path, training)
     assert all(torch.isfinite(p).all() for p in resumed.parameters())
+
+
+def test_each_loss_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All losses since the last check were stacked every 20 steps: 26 ms late in a check of 5,000 steps."""
+    honest, looked = torch.isfinite, list[int]()
+
+    def looking(losses: Tensor) -> Tensor:
+        looked.append(losses.numel())
+        return honest(losses)
+
+    monkeypatch.setattr(torch, "isfinite", looking)
+    training, done = optimisers.Training(steps=100), state._Done()
+
+    def go_on(steps: int, spoiled: int | None = None) -> None:
+        for _ in range(steps):
+            done.losses.append(torch.tensor(math.inf if done.step == spoiled else 1.0))
+            done.step += 1
+        done.refuse_nan(training)
+
+    go_on(20)
+    go_on(20)
+    go_on(0)
+    assert looked == [20, 20]
+    assert done.note(0.1, {})["loss"] == 1.0
+    go_on(20)
+    with pytest.raises(optimisers.TrainingError, match="the loss is inf at step 66 of 100"):
+        go_on(20, spoiled=65)
+    assert looked == [20, 20, 20, 20]
 
 
 def test_the_schedule_warms_up_and_falls_to_zero() -> None:

@@ -139,9 +139,32 @@ def test_finished_shards_are_not_labelled_again(
         shard.rmdir()
     labelled(data, expert, tmp_path / "shards")
     assert first.stat().st_mtime_ns == marked
-    whole, shards = (pq.read_table(tmp_path / name / labels.FILE) for name in ("whole", "shards"))
-    assert whole["classes"].equals(shards["classes"])
-    assert whole["log_p"].equals(shards["log_p"])
+    whole, shards = (labels.read(tmp_path / name) for name in ("whole", "shards"))
+    assert whole.ids.equals(shards.ids)
+    assert whole.kept.classes.shape == (4, 38, 3)
+    for a, b in zip(whole.kept[:2], shards.kept[:2], strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_labels_are_mapped_from_their_files_not_copied(data: Path, expert: Path, tmp_path: Path) -> None:
+    """Every process of a group held all of them, twice while it read; above 2^31 entries reading failed."""
+    labelled(data, expert, tmp_path / "labels", m=2, views=1)
+    seen = manifest.concat([manifest.read(data / "pool"), manifest.read(data / "train")])
+    cached = teachers.Cached(tmp_path / "labels", manifest.read(data / "train").classes, seen, device.pick(MACHINE), "eval")
+    mapped = Path("/proc/self/maps").read_text()
+    for name, array in ((labels.CLASSES, cached.classes), (labels.LOG_P, cached.log_p), (labels.LOG_REST, cached.log_rest)):
+        assert array is not None
+        assert str(tmp_path / "labels" / name) in mapped
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+
+
+def test_labels_of_an_older_version_are_refused(data: Path, expert: Path, tmp_path: Path) -> None:
+    labelled(data, expert, tmp_path / "labels", views=1)
+    with artifact.writing(tmp_path / "old") as tmp:
+        pq.write_table(pq.read_table(tmp_path / "labels" / labels.FILE), tmp / labels.FILE)
+    with pytest.raises(UserError, match="as an older version of winnow wrote them"):
+        distilled(data, tmp_path / "student", tmp_path / "old")
 
 
 @pytest.mark.parametrize(

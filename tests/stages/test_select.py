@@ -354,3 +354,22 @@ def test_it_starts_without_torch() -> None:
     heavy = "print({'torch', 'timm', 'mlflow', 'matplotlib'} & set(sys.modules) or 'light')"
     command = [sys.executable, "-c", f"import sys, pipeline.stages.select; {heavy}"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "light"
+
+
+def test_the_pool_goes_through_memory_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it took 2.4 GB at 14 M images. What is written is what the whole in memory would give."""
+    monkeypatch.setattr(manifest, "GROUP", 16)
+    pool = Pool(tmp_path, 300)
+    whole = manifest.read(pool.manifest)
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest, "read", lambda folder: pytest.fail(f"{folder} was read whole"))
+        for rule in ("top", "random", "all"):
+            pool.run(tmp_path / rule, k=20, rule=rule)
+    for rule in ("top", "random", "all"):
+        chosen = whole.take(np.flatnonzero(np.isin(pool.ids, manifest.read(tmp_path / rule).table["id"].to_pylist()))).table
+        unlabelled = chosen.set_column(7, "label", pa.nulls(len(chosen), pa.int32()))
+        with artifact.writing(tmp_path / "expected") as tmp:
+            manifest.write(tmp, unlabelled, CLASSES)
+        files = [(tmp_path / name / manifest.FILE).read_bytes() for name in (rule, "expected")]
+        assert files[0] == files[1]
+        assert len(chosen) == (300 if rule == "all" else len(manifest.read(tmp_path / "top")))

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.sources.source import LISTED
 from pipeline.store import artifact, manifest
 from pipeline.store.manifest import Manifest, ManifestError
 from tests.tiny import folder_of, jpeg, tar_of
@@ -197,13 +198,65 @@ def test_a_class_with_too_few_images_is_named():
 
 
 def test_what_was_read_is_one_chunk(tmp_path, monkeypatch):
-    honest = manifest.pq.write_table
-    monkeypatch.setattr(manifest.pq, "write_table", lambda *args, **options: honest(*args, **options | {"row_group_size": 2}))
+    monkeypatch.setattr(manifest, "GROUP", 2)
     names = [f"{i:02}" for i in range(9)]
     images = written(tmp_path / "m", rows(names))
     assert manifest.pq.ParquetFile(tmp_path / "m" / manifest.FILE).num_row_groups == 5
     assert {column.num_chunks for column in images.table.columns} == {1}
     assert images.table.equals(rows(names))
+
+
+def loose(n: int) -> pa.Table:
+    """Rows of images that are files of their own."""
+    return rows([f"{i:08}.jpg" for i in range(n)], path=[f"/data/pool/{i:08}.jpg" for i in range(n)])
+
+
+def test_a_manifest_of_loose_files_grows_in_proportion(tmp_path, monkeypatch):
+    """Each row group once held the paths of all: 5 M files were 735 MB."""
+    monkeypatch.setattr(manifest, "GROUP", 256)
+    sizes = []
+    for n in (1024, 4096):
+        written(tmp_path / str(n), loose(n))
+        sizes.append((tmp_path / str(n) / manifest.FILE).stat().st_size)
+    assert sizes[1] < 4.4 * sizes[0]
+
+
+def old(folder: Path, table: pa.Table) -> Path:
+    """A manifest as versions before wrote it: ids of 32-bit offsets, paths as a dictionary."""
+    before = {"id": pa.string(), "path": pa.dictionary(pa.int32(), pa.string())}
+    schema = pa.schema([(field.name, before.get(field.name, field.type)) for field in manifest.SCHEMA])
+    with artifact.writing(folder) as tmp:
+        stored = table.cast(schema).replace_schema_metadata({"classes": '["cat"]'})
+        manifest.pq.write_table(stored, tmp / manifest.FILE, compression="zstd", row_group_size=4)
+    return folder
+
+
+def test_a_manifest_of_an_older_version_is_read(tmp_path):
+    table = rows([f"{c}/{i}" for c in "ab" for i in range(5)], 0)
+    images = manifest.read(old(tmp_path / "old", table))
+    assert images.table.equals(table)
+    assert images.table.schema == manifest.SCHEMA
+    assert images.classes == ("cat",)
+    assert pa.concat_tables(manifest.groups(tmp_path / "old")).equals(table.cast(manifest.STORED))
+
+
+def test_a_writer_of_parts_writes_what_the_whole_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "GROUP", 16)
+    table = rows([f"{i:03}" for i in range(70)], 0)
+    written(tmp_path / "whole", table, ("cat",))
+    for step in (1, 7, 16, 50):
+        with artifact.writing(tmp_path / str(step)) as tmp, manifest.Writer(tmp, ("cat",)) as writer:
+            for first in range(0, len(table), step):
+                writer.add(table.slice(first, step))
+        assert (tmp_path / str(step) / manifest.FILE).read_bytes() == (tmp_path / "whole" / manifest.FILE).read_bytes()
+    assert manifest.count(tmp_path / "whole") == 70
+
+
+def test_the_text_of_all_ids_may_be_more_than_2_gib(tmp_path):
+    """Offsets of 32 bits end there: `take` and `sort_by` said `offset overflow`."""
+    for field in (manifest.SCHEMA.field("id").type, manifest.SCHEMA.field("path").type.value_type):
+        assert pa.types.is_large_string(field)
+    assert pa.types.is_large_string(LISTED.field("id").type)
 
 
 def test_an_image_of_both_sets_is_learned_once_from_where_the_chosen_set_has_it(tmp_path):

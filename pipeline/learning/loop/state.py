@@ -23,23 +23,27 @@ class _Done:
     saved: int = 0
     losses: list[Tensor] = field(default_factory=list)  # since the last check; on the device, so that no step waits for them
     history: dict[str, Any] = field(default_factory=lambda: {"train": [], "holdout": []})
+    finite: int = 0  # so many of `losses`, the first, were looked at
 
     def refuse_nan(self, training: Training) -> None:
         """Raise TrainingError at the first loss that is not finite: before a checkpoint could keep what it did to the weights."""
-        losses = torch.stack(self.losses) if self.losses else torch.zeros(1)
+        if self.finite == len(self.losses):
+            return
+        losses = torch.stack(self.losses[self.finite :])
         bad = (~torch.isfinite(losses)).nonzero()
         if len(bad):
-            step = self.step - len(self.losses) + int(bad[0])
+            step = self.step - len(losses) + int(bad[0])
             raise TrainingError(
                 f"the loss is {float(losses[bad[0]])} at step {step + 1} of {training.steps} "
                 f"(learning rate {training.rate(step):.3g}). "
                 "Lower `training.lr`, lengthen `training.warmup` or set `training.clip`. "
                 f"The last good state, of step {self.saved}, is kept."
             )
+        self.finite = len(self.losses)
 
     def note(self, rate: float, measured: Mapping[str, float]) -> dict[str, float]:
         loss = float(torch.stack(self.losses).float().mean())
-        self.losses = []
+        self.losses, self.finite = [], 0
         self.history["train"].append({"step": self.step, "loss": loss, "lr": rate})
         self.history["holdout"].append({"step": self.step, **measured})
         return {"loss": loss, "lr": rate, **{f"holdout_{name}": value for name, value in measured.items()}}
