@@ -9,7 +9,6 @@ the metrics file.
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -18,8 +17,6 @@ import inspect
 import json
 import os
 import random
-import shutil
-import signal
 import sys
 import time
 import traceback
@@ -29,7 +26,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.errors import UserError
-from pipeline.harness import lockfile, ranks, reference
+from pipeline.harness import lockfile, parent, ranks, reference, scratch
 from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal, open_journal
 from pipeline.harness.machine import Machine
@@ -56,7 +53,7 @@ def main(run: Callable[..., Metrics], parallel: bool = False, gathers: str | Non
     `parallel`: the stage trains with `fit`, so `machine.processes` processes can share it. `gathers`: the stage reads all entries
     of this section, whose names `run` gets as `entries`; its run in MLflow stands for all that they were made from.
     """
-    _die_with_dvc()
+    parent.end_with_starter()
     with exit_codes("it goes on where it stopped"):
         _main(_importable(run), sys.argv[1:], parallel, gathers)
 
@@ -139,11 +136,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         journal.log(seconds=time.monotonic() - start)
         journal.finish("FINISHED", metrics, list(outs.values()))
         if first:
-            gone = WORK / f"{name}.gone"  # renamed first: after a kill, half a checkpoint would be refused
-            shutil.rmtree(gone, ignore_errors=True)
-            with contextlib.suppress(FileNotFoundError):
-                (WORK / name).rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            scratch.remove(WORK / name)
             _say(name, metrics, time.monotonic() - start)
 
 
@@ -231,13 +224,6 @@ class _only_one:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-
-
-def _die_with_dvc() -> None:
-    """Ask the kernel to end this process with its parent, DVC or torchrun, which, killed, would leave the stage training on."""
-    if ("DVC_ROOT" in os.environ or ranks.launched()) and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _say(name: str, metrics: Metrics, seconds: float) -> None:

@@ -375,3 +375,18 @@ def test_empty_inputs_leave_the_pool_as_it_was(tmp_path: Path):
     work = Bench(tmp_path, pool=OTHERS)
     assert work.run()["kept"] == len(OTHERS)
     assert work.kept() == set(OTHERS)
+
+
+def test_damaged_scratch_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = Bench(tmp_path, pool=COPY, val=ORIGINALS)
+    work.search()
+    before = bytes_of(tmp_path / "found")
+    kept = [file for file in work.scratch.rglob("*") if file.suffix in (".safetensors", ".parquet")]
+    assert len(kept) == 4  # pictures, the index, pool against reference, reference against itself
+    for file in kept:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    work.search()
+    assert bytes_of(tmp_path / "found") == before
+    assert capsys.readouterr().err.count("this is done again") == 4
