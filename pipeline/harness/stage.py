@@ -17,6 +17,7 @@ import inspect
 import json
 import os
 import random
+import re
 import sys
 import time
 import traceback
@@ -87,8 +88,10 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     wanted = hints.keys() | (Job._fields if "job" in hints else ())
     paths = [name for name in inspect.signature(run).parameters if hints.get(name) is Path and name != "workdir"]
     args = _parse(stage, inspect.getdoc(run) or "", paths, hints["params"], argv)
-    keys = (stage, args.entry) if args.entry else (stage,)
     file = Path(args.params)
+    if stage not in parameters.SINGLE and args.entry is None:
+        args.entry = _entry(stage)
+    keys = (stage, args.entry) if args.entry else (stage,)
     if "DVC_ROOT" in os.environ and (wrong := parameters.lacking(parameters.read(file))):
         raise parameters.ParamsError(f"{file}: " + "\n".join(wrong))  # DVC would say so hours later, at the stage that needs it
     params = parameters.load(file, hints["params"], keys)
@@ -102,7 +105,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     artifact.discard.set(not first)
     if first and "DVC_ROOT" in os.environ:
         lockfile.keep(WORK)
-    named = {name: Path(getattr(args, name)) for name in paths}
+    named = {name: _filled(getattr(args, name), file, keys) for name in paths}
     outs = {name: path for name, path in named.items() if is_out(name)}
     inputs = {name: path for name, path in named.items() if not is_out(name)}
     injected: dict[str, Any] = {"machine": machine}
@@ -149,6 +152,29 @@ def _importable(run: Callable[..., Metrics]) -> Callable[..., Metrics]:
     return importable
 
 
+def _entry(stage: str) -> str:
+    """The entry that DVC runs: `ssld` of `distil@ssld`. It stands in no command line, so that no shell ever reads it."""
+    name, _, entry = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")
+    if name != stage or not entry:
+        raise UserError(f"which entry of `{stage}`? Give its name: `python -m pipeline.stages.{stage} <entry> ...`.")
+    return entry
+
+
+def _filled(path: str, file: Path, keys: tuple[str, ...]) -> Path:
+    """A path of the command line, in which `{entry}` stands for the entry, and `{teacher}` for that key of its params."""
+
+    def of(match: re.Match[str]) -> str:
+        where: Any = parameters.read(file)
+        for key in keys:
+            where = where.get(key) if isinstance(where, dict) else None
+        found = keys[-1] if match[1] == "entry" else where.get(match[1]) if isinstance(where, dict) else None
+        if not isinstance(found, str):
+            raise parameters.ParamsError(f"{file}: `{'.'.join((*keys, match[1]))}` is missing, which {path} is made of. Add it.")
+        return found
+
+    return Path(re.sub(r"\{(\w+)\}", of, path))
+
+
 def is_out(name: str) -> bool:
     """Whether a path argument of `run` is written by the stage: `out`, `pool_out`, `leaks_out`, ... by its name."""
     return name == "out" or name.endswith("_out")
@@ -164,7 +190,9 @@ def _parse(stage: str, doc: str, paths: list[str], params: type[Section], argv: 
         epilog=f"keys of {where} in params.yaml, each with its type and default:\n\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("entry", nargs="?", help=f"the entry of the section `{stage}` of the params file, where it has entries")
+    parser.add_argument(
+        "entry", nargs="?", help=f"the entry of the section `{stage}` of the params file, where it has entries; under DVC its own"
+    )
     for name in paths:
         parser.add_argument(f"--{name.replace('_', '-')}", required=True, metavar="PATH")
     parser.add_argument("--params", default=str(PARAMS_FILE), metavar="FILE")
