@@ -51,7 +51,7 @@ def link(uri: str) -> str:
 
 def mask_output() -> None:
     """Mask what this process prints from now on, libraries and tracebacks included."""
-    sys.stdout, sys.stderr = _Masking(sys.stdout), _Masking(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Masking(sys.stdout), _Masking(sys.stderr)
 
 
 class _Masking:
