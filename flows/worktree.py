@@ -15,7 +15,7 @@ from flows import dag
 
 WORKTREES = Path(".scratch", "worktrees")
 LOCAL_CONFIG = Path(".dvc", "config.local")
-WHOLE = Path(".scratch", "whole")  # in a worktree that was made to its end, and whose removal has not begun
+WHOLE = Path(".dvc", "tmp", "whole")  # in a worktree that was made to its end, and whose removal has not begun
 
 
 class WorktreeError(Exception):
@@ -61,7 +61,7 @@ def make(
         if tree:
             git(folder, "read-tree", "--reset", "-u", tree)
         _same_cache(workspace, folder)
-        (folder / WHOLE).parent.mkdir(exist_ok=True)
+        (folder / WHOLE).parent.mkdir(parents=True, exist_ok=True)
         (folder / WHOLE).touch()
     if params is not None:
         (folder / "params.yaml").write_text(params)

@@ -93,7 +93,7 @@ def test_a_stage_whose_dvc_is_killed_before_it_has_begun_ends(tmp_path: Path, mo
 
 @pytest.mark.whole
 def test_the_workers_of_draw_end_with_it(tmp_path: Path) -> None:
-    needed = {key: {} for key in params.NEEDED}
+    needed: dict[str, object] = {key: {} for key in params.NEEDED}
     tree = needed | {
         "seed": 0,
         "machine": {"workers": 2},

@@ -331,7 +331,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_shard(tmp_path: Path, monkeyp
     def killed_in_the_second(shard: search.Shard, **rest: Any) -> int:
         if done:
             raise KeyboardInterrupt
-        done.append(shard.file)
+        done.append(shard.folder)
         return match_shard(shard, **rest)
 
     with monkeypatch.context() as patch:
@@ -359,7 +359,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
 
 def test_pictures_come_back_as_they_were_extracted(tmp_path: Path):
     images = manifest.read(manifest_of(tmp_path / "pool", {"a": photograph(1), "b": b"broken", "c": photograph(2, 40, 30)}))
-    shard = search.Shard(search._pack(images.table), 0, tmp_path / "store" / "000000.safetensors", None)
+    shard = search.Shard(search._pack(images.table), 0, tmp_path / "store" / "000000", None)
     assert search.describe_shard(shard) == 3
     store = search.Pictures(tmp_path / "store", 3)
     for row, image in ((0, photograph(1)), (2, photograph(2, 40, 30))):
