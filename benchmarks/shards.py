@@ -63,7 +63,7 @@ def run(folder: Path, where: str, workers: int, kill: bool) -> tuple[float, str]
         with (folder / "log.txt").open("a") as log:
             stage = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env={**os.environ, "WINNOW_TRACKING": "off"})
             if kill:
-                while not list(folder.glob(".scratch/search/*/pool-reference/*.parquet")):  # its first shard
+                while not list(folder.glob(".scratch/search/*/pool-reference/*/rows.parquet")):  # its first shard
                     if stage.poll() is not None:
                         sys.exit(f"the stage ended before a worker could be killed; see {folder / 'log.txt'}")
                     time.sleep(0.05)

@@ -36,7 +36,7 @@ class Where:
     folder: Path
     workspace: Path
     force: bool
-    env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict, repr=False)  # it holds the address of MLflow, maybe with a password
     share: bool = False  # push what a stage made to the DVC remote, and pull what the lock knows
 
 

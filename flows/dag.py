@@ -138,11 +138,14 @@ def has_remote(folder: Path) -> bool:
 def override(folder: Path, changes: Sequence[str]) -> None:
     """Change params.yaml in `folder` as `dvc exp run -S CHANGE` would: `distil.ssld.loss.name=js`, `+a.b=1`, `~a.b`.
 
-    Raises DVCError for a change that does not parse or fit.
+    Raises DVCError for a change that does not parse or fit, or that has `${...}`: who may start a run may not read this process's
+    environment, which OmegaConf would put in for `${oc.env:NAME}`.
     """
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import apply_overrides
 
+    if strange := [change for change in changes if "${" in change]:
+        raise DVCError(f"params: {', '.join(strange)}: nothing is put in for `${{...}}` here. Write the value itself.")
     try:
         apply_overrides(folder / "params.yaml", list(changes))
     except DvcException as error:

@@ -11,6 +11,7 @@ from prefect.states import Completed, State
 from flows import dag, tracking, worktree
 from flows.attempt import StageFailed, Where, artifact_key
 from flows.tasks import OUTCOME, limited, run_stage
+from flows.winnow import check
 
 
 @flow(name="stage", flow_run_name="{name}", persist_result=False)
@@ -52,6 +53,7 @@ async def stage(
                 again=False,
             )
         place = worktree.make(here, commit, key=[name, params], params=params, lock=lock)
+        await check(place, "--names")  # before DVC reads what came with this run
         above = dag.read(place).upstream([name])  # all of it: manifests name images in the sources that `prepare` has read
         worktree.link_sources(here, place, dag.missing_sources(place, dag.stale(place, above)))
         where = Where(place, here, force, env, share=True)

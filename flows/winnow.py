@@ -104,9 +104,12 @@ async def winnow(
     return Completed(message=f"{len(todo)} stages run, {len(plan) - len(todo)} cached" if todo else f"{len(plan)} stages cached")
 
 
-async def check(folder: Path) -> None:
-    """Raises WrongParams with all that is wrong in params.yaml: a stage would say so only when DVC has removed its old output."""
-    ended = await child.run(["python", "-m", "pipeline", "check"], cwd=folder, env=dag.environment())
+async def check(folder: Path, *args: str) -> None:
+    """Raises WrongParams with all that is wrong in params.yaml: a stage would say so only when DVC has removed its old output.
+
+    With `--names` of its names alone, which is what has to be known before DVC reads a file that comes from elsewhere.
+    """
+    ended = await child.run(["python", "-m", "pipeline", "check", *args], cwd=folder, env=dag.environment())
     if ended.code:
         raise WrongParams(ended.text.partition("error: ")[2] or ended.text)
 

@@ -15,6 +15,7 @@ from flows import dag
 
 WORKTREES = Path(".scratch", "worktrees")
 LOCAL_CONFIG = Path(".dvc", "config.local")
+WHOLE = Path(".dvc", "tmp", "whole")  # in a worktree that was made to its end, and whose removal has not begun
 
 
 class WorktreeError(Exception):
@@ -52,7 +53,7 @@ def make(
     """
     name = hashlib.sha256("\0".join([at, *key]).encode()).hexdigest()[:12]
     folder = (workspace / WORKTREES / name).absolute()
-    if not (folder / LOCAL_CONFIG).is_file():
+    if not (folder / WHOLE).is_file():
         _fetch(workspace, at)
         shutil.rmtree(folder, ignore_errors=True)
         git(workspace, "worktree", "prune")
@@ -60,6 +61,8 @@ def make(
         if tree:
             git(folder, "read-tree", "--reset", "-u", tree)
         _same_cache(workspace, folder)
+        (folder / WHOLE).parent.mkdir(parents=True, exist_ok=True)
+        (folder / WHOLE).touch()
     if params is not None:
         (folder / "params.yaml").write_text(params)
     if lock is None and (workspace / "dvc.lock").is_file() and not (folder / "dvc.lock").is_file():
@@ -101,5 +104,6 @@ def remove(workspace: Path, folder: Path) -> bool:
     """Remove a worktree that has done its work; not while journals are there that MLflow has not taken."""
     if any((folder / ".scratch" / "journal").rglob("*.jsonl")):
         return False
+    (folder / WHOLE).unlink(missing_ok=True)  # first: after a kill, half a worktree would pass for a whole one
     git(workspace, "worktree", "remove", "--force", str(folder))
     return True

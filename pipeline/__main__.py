@@ -1,7 +1,7 @@
 """What is no stage: what can be said of params.yaml without running one, and a trained model's answers about pictures.
 
 python -m pipeline check [--params FILE]     the mistakes in keys, values and names, all at once; exit status 2 if there is one;
-                                             a dvc.lock that a kill left broken is put back
+                                             a dvc.lock that a kill left broken is put back; --names: the names alone
 python -m pipeline schema                    write params.schema.json, by which editors complete and check
 python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
 python -m pipeline bundle FOLDER --out OUT   put the files of a folder into tars (`bundle --help`)
@@ -12,7 +12,6 @@ import argparse
 import importlib
 import inspect
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,9 +28,8 @@ from pipeline.predict import arguments as predicting
 from pipeline.report.evaluation import not_a_baseline
 from pipeline.sources import bundle as bundling
 from pipeline.store import params
-from pipeline.store.params import NEEDED, SHELVES, SINGLE, STAGES, Names, ParamsError, Section
+from pipeline.store.params import KEY, NEEDED, SHELVES, SINGLE, STAGES, Names, ParamsError, Section
 
-KEY = r"[A-Za-z0-9_-]+"
 SCHEMA, REFERENCE = Path("params.schema.json"), Path("docs", "params.md")
 SEED = "The random choices of training, labelling and selection derive from it; `prepare` and `draw` have seeds of their own."
 
@@ -41,7 +39,9 @@ def main() -> None:
         prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,bundle,predict}")
-    commands.add_parser("check").add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
+    checking = commands.add_parser("check")
+    checking.add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
+    checking.add_argument("--names", action="store_true", help="only whether the names are safe: before DVC reads the file")
     commands.add_parser("schema")
     commands.add_parser("reference")
     bundling.add_arguments(commands.add_parser("bundle", description=bundling.DESCRIPTION))
@@ -58,6 +58,8 @@ def main() -> None:
             from pipeline.predict import command  # torch, and only here
 
             sys.stderr.write(f"{command.run(args)}\n")
+        elif args.names:
+            params.read(args.params)
         else:
             if told_of_lock := lockfile.mend(WORK):
                 sys.stderr.write(f"{told_of_lock}\n")
@@ -83,8 +85,10 @@ def _run(stage: str) -> Any:
 
 
 def check(file: Path) -> None:
-    """Raises ParamsError with all that is wrong in a params file for the data in this folder."""
+    """Raises ParamsError with all that is wrong in a params file for the data in this folder; unsafe names alone come first."""
     tree = params.parsed(file)
+    if wrong := params.unsafe(tree):
+        raise ParamsError(f"{file}: " + "\n".join(wrong))
     wrong = [*_aliases(file), *params.strangers(tree), *params.lacking(tree), *params.wrong_seed(tree)]
     types = sections()
     wrong += params.resolve(tree, Machine, ("machine",), tree.get("machine"))[1]
@@ -97,8 +101,6 @@ def check(file: Path) -> None:
             wrong.append(f"`{name}` is {body!r}: it must be a mapping of names. Write `{name}: {{}}`, or leave it out.")
         else:
             for key, value in body.items():
-                if not re.fullmatch(KEY, str(key)):
-                    wrong.append(f"`{name}.{key}`: a name has letters, digits, `_` and `-` only. Rename it.")
                 wrong += params.resolve(tree, section, (name, str(key)), value)[1]
                 wrong += _references(tree, section, f"{name}.{key}", value)
     if isinstance(tree.get("prepare"), dict) and isinstance(root := tree["prepare"].get("root"), str):

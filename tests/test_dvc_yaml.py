@@ -37,7 +37,10 @@ def test_the_command_gives_run_its_paths_and_dvc_knows_each(stage: str) -> None:
     run = importlib.import_module(f"pipeline.stages.{stage}").run
     hints = get_type_hints(run)
     wanted = {n for n in inspect.signature(run).parameters if hints[n] is Path and n != "workdir"}
-    given = {name.replace("-", "_"): path.strip('"') for name, path in re.findall(r"--([a-z-]+) (\S+)", command)}
+    assert "$" not in command, "a shell would read what a params file holds"
+    of = {"entry": "${key}", "root": "${prepare.root}"}
+    placed = re.sub(r"\{(\w+)\}", lambda named: of.get(named[1], f"${{item.{named[1]}}}"), command)
+    given = {name.replace("-", "_"): path for name, path in re.findall(r"--([a-z-]+) (\S+)", placed)}
     assert set(given) == wanted
     assert re.match(rf"python -m pipeline\.stages\.{stage} ", command)
     for name, path in given.items():
@@ -53,6 +56,13 @@ def test_params_are_the_stages_own_section_and_the_seed_where_it_is_read(stage: 
     seeded = ["seed"] if {"seed", "job"} & hints.keys() else []
     expected = [own, *shelves, *seeded] + (["evaluate"] if "entries" in hints else [])
     assert STAGES[stage]["params"] == expected
+
+
+def test_every_name_that_becomes_a_path_is_checked() -> None:
+    text = (ROOT / "dvc.yaml").read_text()
+    assert set(params.PATHS) == set(re.findall(r"data/\$\{item\.(\w+)\}", text))
+    assert set(re.findall(r"\$\{item\.(\w+)\}", text)) == {*params.PATHS, *params.SHELVES}
+    assert set(re.findall(r"\$\{([^}.]*\.?)", text)) == {"key", "item.", "prepare.", *(n for n in DVC if "foreach" in DVC[n])}
 
 
 def test_a_section_that_is_missing_is_empty_or_said_to_be_needed() -> None:

@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.harness import credentials
+
 DEFAULT_URI = "sqlite:///mlflow.db"
 
 SMALL_FILES = {".json", ".html", ".csv", ".md", ".txt", ".png", ".jpg", ".svg"}
@@ -51,7 +53,7 @@ class Journal:
         """End the run as FINISHED, FAILED or KILLED, with its final metrics and the artifacts it wrote."""
         if self._file is None or self._path is None:
             return
-        extra: dict[str, Any] = {"error": repr(sys.exception())} if status == "FAILED" else {}
+        extra: dict[str, Any] = {"error": credentials.masked(repr(sys.exception()))} if status == "FAILED" else {}
         if status == "FINISHED":
             with self._never_fatal():
                 _keep_small_files(artifacts, metrics, self._path.with_suffix(".files"))
@@ -122,7 +124,7 @@ def open_journal(record: Mapping[str, Any], folder: Path, gathers: bool = False)
     begin = {
         "record": record,
         "gathers": gathers,
-        "uri": os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI),
+        "uri": credentials.masked(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI)),
         "experiment": experiment_name(),
         "workspace": str(Path.cwd()),
         "dvc": "DVC_ROOT" in os.environ,

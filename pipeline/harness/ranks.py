@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from pipeline.harness import parent
+
 
 def rank() -> int:
     """The number of this process: 0 writes, and is all there is outside of torchrun."""
@@ -41,6 +43,7 @@ def launch(processes: int, module: str, argv: Sequence[str]) -> None:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, "lo")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would set it and say so; `machine.threads` rules after all
+    os.environ[parent.LAUNCHER] = str(os.getpid())
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", module, *argv]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *command])

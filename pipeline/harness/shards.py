@@ -7,11 +7,10 @@ others do again. A stage that is killed goes on with those that are not there ye
 The workers of a cluster see the same folder as the stage, at the same path, and start in it (docs/operations.md).
 """
 
-import ctypes
 import itertools
 import multiprocessing
+import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pipeline.errors import UserError
-from pipeline.harness import progress
+from pipeline.harness import parent, progress, scratch
 
 LOCAL, DASK = "local", "dask://"
 PATIENCE_SECONDS = 10.0
@@ -41,14 +40,14 @@ class Rows(NamedTuple):
 def finished(
     work: Callable[[Rows], int], count: int, size: int, workdir: Path, executor: str, unit: str, label: str, each: int = 1
 ) -> list[Path]:
-    """Do what is missing of `count` rows in shards of `size`; the artifacts of all shards, in order of the rows.
+    """Do what is missing or damaged of `count` rows in shards of `size`; the artifacts of all shards, in order of the rows.
 
     `work` writes the artifact of a shard and returns the number of its rows, which progress shows as `each` units. On this
     machine one process does them, which may have a GPU and threads of its own.
     """
     starts = range(0, count, size)
     parts = [Rows(workdir / f"{first:012}", first, min(first + size, count)) for first in starts]
-    missing = [part for part in parts if not part.folder.exists()]
+    missing = [part for part in parts if not scratch.usable(part.folder)]
     left = sum(part.last - part.first for part in missing)
     with progress.bar(count * each, unit, label, (count - left) * each) as shown:
         for rows in done(work, missing, 1, executor):
@@ -66,6 +65,17 @@ def done(work: Callable[[S], R], shards: Iterable[S], workers: int, executor: st
     if executor.startswith(DASK):
         return _on_dask(work, iter(shards), executor.removeprefix(DASK))
     return map(work, shards) if workers <= 1 else _in_processes(work, iter(shards), workers)
+
+
+def in_order(work: Callable[[S], R], items: Iterable[S], workers: int, chunk: int, setup: Callable[[], object]) -> Iterator[R]:
+    """`work` of each item, in the order of the items, by `workers` processes of this machine (none of their own if 1), which take
+    `chunk` items at a time. `setup` is called once in each of them. What `work` raises is passed on."""
+    if workers <= 1:
+        yield from map(work, items)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit the locks of the parent's threads
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(setup,)) as pool:
+        yield from pool.map(work, items, chunksize=chunk)
 
 
 def _in_processes(work: Callable[[S], R], shards: Iterator[S], workers: int) -> Iterator[R]:
@@ -96,12 +106,13 @@ def _in_processes(work: Callable[[S], R], shards: Iterator[S], workers: int) -> 
                     future.cancel()
 
 
-def _start_worker() -> None:
+def _start_worker(setup: Callable[[], object] | None = None) -> None:
     """The workers end with the stage, even if it is killed; and Ctrl-C is for the stage to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    stage = multiprocessing.parent_process()
+    parent.end_with(signal.SIGKILL, lambda: stage is None or os.getppid() == stage.pid)
+    if setup is not None:
+        setup()
 
 
 def _on_dask(work: Callable[[S], R], shards: Iterator[S], address: str) -> Iterator[R]:

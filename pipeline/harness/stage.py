@@ -9,7 +9,6 @@ the metrics file.
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -18,8 +17,7 @@ import inspect
 import json
 import os
 import random
-import shutil
-import signal
+import re
 import sys
 import time
 import traceback
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.errors import UserError
-from pipeline.harness import lockfile, ranks, reference
+from pipeline.harness import lockfile, parent, ranks, reference, scratch
 from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal, open_journal
 from pipeline.harness.machine import Machine
@@ -56,7 +54,7 @@ def main(run: Callable[..., Metrics], parallel: bool = False, gathers: str | Non
     `parallel`: the stage trains with `fit`, so `machine.processes` processes can share it. `gathers`: the stage reads all entries
     of this section, whose names `run` gets as `entries`; its run in MLflow stands for all that they were made from.
     """
-    _die_with_dvc()
+    parent.end_with_starter()
     with exit_codes("it goes on where it stopped"):
         _main(_importable(run), sys.argv[1:], parallel, gathers)
 
@@ -90,8 +88,10 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     wanted = hints.keys() | (Job._fields if "job" in hints else ())
     paths = [name for name in inspect.signature(run).parameters if hints.get(name) is Path and name != "workdir"]
     args = _parse(stage, inspect.getdoc(run) or "", paths, hints["params"], argv)
-    keys = (stage, args.entry) if args.entry else (stage,)
     file = Path(args.params)
+    if stage not in parameters.SINGLE and args.entry is None:
+        args.entry = _entry(stage)
+    keys = (stage, args.entry) if args.entry else (stage,)
     if "DVC_ROOT" in os.environ and (wrong := parameters.lacking(parameters.read(file))):
         raise parameters.ParamsError(f"{file}: " + "\n".join(wrong))  # DVC would say so hours later, at the stage that needs it
     params = parameters.load(file, hints["params"], keys)
@@ -105,7 +105,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     artifact.discard.set(not first)
     if first and "DVC_ROOT" in os.environ:
         lockfile.keep(WORK)
-    named = {name: Path(getattr(args, name)) for name in paths}
+    named = {name: _filled(getattr(args, name), file, keys) for name in paths}
     outs = {name: path for name, path in named.items() if is_out(name)}
     inputs = {name: path for name, path in named.items() if not is_out(name)}
     injected: dict[str, Any] = {"machine": machine}
@@ -139,11 +139,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         journal.log(seconds=time.monotonic() - start)
         journal.finish("FINISHED", metrics, list(outs.values()))
         if first:
-            gone = WORK / f"{name}.gone"  # renamed first: after a kill, half a checkpoint would be refused
-            shutil.rmtree(gone, ignore_errors=True)
-            with contextlib.suppress(FileNotFoundError):
-                (WORK / name).rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            scratch.remove(WORK / name)
             _say(name, metrics, time.monotonic() - start)
 
 
@@ -154,6 +150,29 @@ def _importable(run: Callable[..., Metrics]) -> Callable[..., Metrics]:
         return run
     importable: Callable[..., Metrics] = getattr(importlib.import_module(spec.name), run.__name__)
     return importable
+
+
+def _entry(stage: str) -> str:
+    """The entry that DVC runs: `ssld` of `distil@ssld`. It stands in no command line, so that no shell ever reads it."""
+    name, _, entry = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")
+    if name != stage or not entry:
+        raise UserError(f"which entry of `{stage}`? Give its name: `python -m pipeline.stages.{stage} <entry> ...`.")
+    return entry
+
+
+def _filled(path: str, file: Path, keys: tuple[str, ...]) -> Path:
+    """A path of the command line, in which `{entry}` stands for the entry, and `{teacher}` for that key of its params."""
+
+    def of(match: re.Match[str]) -> str:
+        where: Any = parameters.read(file)
+        for key in keys:
+            where = where.get(key) if isinstance(where, dict) else None
+        found = keys[-1] if match[1] == "entry" else where.get(match[1]) if isinstance(where, dict) else None
+        if not isinstance(found, str):
+            raise parameters.ParamsError(f"{file}: `{'.'.join((*keys, match[1]))}` is missing, which {path} is made of. Add it.")
+        return found
+
+    return Path(re.sub(r"\{(\w+)\}", of, path))
 
 
 def is_out(name: str) -> bool:
@@ -171,7 +190,9 @@ def _parse(stage: str, doc: str, paths: list[str], params: type[Section], argv: 
         epilog=f"keys of {where} in params.yaml, each with its type and default:\n\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("entry", nargs="?", help=f"the entry of the section `{stage}` of the params file, where it has entries")
+    parser.add_argument(
+        "entry", nargs="?", help=f"the entry of the section `{stage}` of the params file, where it has entries; under DVC its own"
+    )
     for name in paths:
         parser.add_argument(f"--{name.replace('_', '-')}", required=True, metavar="PATH")
     parser.add_argument("--params", default=str(PARAMS_FILE), metavar="FILE")
@@ -231,13 +252,6 @@ class _only_one:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-
-
-def _die_with_dvc() -> None:
-    """Ask the kernel to end this process with its parent, DVC or torchrun, which, killed, would leave the stage training on."""
-    if ("DVC_ROOT" in os.environ or ranks.launched()) and sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _say(name: str, metrics: Metrics, seconds: float) -> None:

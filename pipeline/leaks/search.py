@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from pipeline.harness import progress, shards
+from pipeline.harness import progress, scratch, shards
 from pipeline.harness.machine import Machine
 from pipeline.leaks import features, geometry, index, verdict
 from pipeline.leaks.findings import (
@@ -37,6 +37,7 @@ from pipeline.store.params import Section
 
 SHARD = 1024  # images; a killed run loses the shards in work, and memory does not grow with the pool
 BATCH = 32  # images whose features are searched for at once
+PICTURES, ROWS = "pictures.safetensors", "rows.parquet"
 TRAIN_SHARDS = 64  # at most so many shards of the reference, evenly spread, train the index
 
 
@@ -100,11 +101,12 @@ class Searcher:
 
     def __init__(self, sets: Mapping[str, Manifest], workdir: Path, machine: Machine) -> None:
         self.sets, self.workdir, self.machine = sets, workdir.absolute(), machine
+        self._whole: set[Path] = set()
 
     def describe(self, name: str) -> Path:
         """Features and small grey copies of a whole set, kept in its folder."""
         folder = self.workdir / name
-        self._run(describe_shard, name, folder, ".safetensors", f"search: features of {name}")
+        self._run(describe_shard, name, folder, f"search: features of {name}")
         return folder
 
     def find(self, name: str, reference: str, lookalikes: int = 0) -> pa.Table:
@@ -114,14 +116,14 @@ class Searcher:
         `lookalikes`: so many images of the reference, the first, are also compared as thumbnails; not of a set in itself.
         """
         described, count, itself = self.describe(reference), len(self.sets[reference]), name == reference
-        if not (described / "index").exists():
+        if not self._is_whole(described / "index"):
             _build_index(Pictures(described, count), described / "index")
         folder = self.workdir / f"{name}-{reference}"
         work = functools.partial(
             match_shard, reference=described, count=count, itself=itself, lookalikes=0 if itself else lookalikes
         )
-        files = self._run(work, name, folder, ".parquet", f"search: {name} against {reference}")
-        found = pa.concat_tables([FINDINGS.empty_table(), *(pq.read_table(file, schema=FINDINGS) for file in files)])
+        parts = self._run(work, name, folder, f"search: {name} against {reference}", self.workdir / name)
+        found = pa.concat_tables([FINDINGS.empty_table(), *(pq.read_table(part / ROWS, schema=FINDINGS) for part in parts)])
         same = same_bytes(self.sets[name], self.sets[reference], itself)
         seen, alike = ({(row["row"], row["match"]) for row in same}, {row["row"] for row in same})
         pairs = zip(found["row"].to_pylist(), found["match"].to_pylist(), found["outcome"].to_pylist(), strict=True)
@@ -131,23 +133,30 @@ class Searcher:
         ]
         return pa.concat_tables([found.filter(pa.array(rest, pa.bool_())), pa.Table.from_pylist(same, FINDINGS)])
 
-    def _run(self, work: "Callable[[Shard], int]", name: str, folder: Path, suffix: str, label: str) -> list[Path]:
-        """Do the shards of a set whose file is not there yet; returns all files, in order of the images."""
-        folder.mkdir(parents=True, exist_ok=True)
-        images, stored = self.sets[name], self.workdir / name if suffix == ".parquet" else None
+    def _run(self, work: "Callable[[Shard], int]", name: str, folder: Path, label: str, stored: Path | None = None) -> list[Path]:
+        """Do the shards of a set that are not there yet, or damaged; returns the artifacts of all, in order of the images."""
+        images = self.sets[name]
         starts = range(0, len(images), SHARD)
-        files = [folder / f"{first // SHARD:06}{suffix}" for first in starts]
-        missing = [(first, file) for first, file in zip(starts, files, strict=True) if not file.exists()]
+        parts = [folder / f"{first // SHARD:06}" for first in starts]
+        missing = [(first, part) for first, part in zip(starts, parts, strict=True) if not self._is_whole(part)]
         done = len(images) - sum(min(SHARD, len(images) - first) for first, _ in missing)
         stored = stored if stored is not None and stored.exists() else None
-        work_left = (Shard(_pack(images.table.slice(first, SHARD)), first, file, stored) for first, file in missing)
+        work_left = (Shard(_pack(images.table.slice(first, SHARD)), first, part, stored) for first, part in missing)
         if not missing:
-            return files
+            return parts
         with progress.bar(len(images), "images", label, done) as shown:
             workers = min(self.machine.cores(self.machine.workers), len(missing))
             for count in shards.done(work, work_left, workers, self.machine.executor):
                 shown.update(count)
-        return files
+        self._whole.update(parts)
+        return parts
+
+    def _is_whole(self, part: Path) -> bool:
+        """Whether a finished part is there; what an earlier run has left is read once, to see that it is undamaged."""
+        if part not in self._whole and not scratch.usable(part):
+            return False
+        self._whole.add(part)
+        return True
 
 
 def same_bytes(images: Manifest, reference: Manifest, itself: bool) -> list[Row]:
@@ -171,14 +180,14 @@ def _crc_and_size(table: pa.Table) -> np.ndarray:
 
 
 class Shard(NamedTuple):
-    """A piece of work for a process: a slice of a manifest in Arrow's IPC format, the row it starts at, the file to write.
+    """A piece of work for a process: a slice of a manifest in Arrow's IPC format, the row it starts at, the artifact to write.
 
     `stored`: the folder of the Pictures of the set, where it was described.
     """
 
     images: bytes
     first: int
-    file: Path
+    folder: Path
     stored: Path | None
 
 
@@ -219,7 +228,7 @@ class Pictures:
         return features.Picture(own, grey, extents[i])
 
     def _open(self, shard: int) -> tuple[Any, list[int], list[int], np.ndarray, np.ndarray]:
-        file = safe_open(self.folder / f"{shard:06}.safetensors", framework="numpy")
+        file = safe_open(self.folder / f"{shard:06}" / PICTURES, framework="numpy")
         shapes, starts = file.get_tensor("shapes"), file.get_tensor("starts")
         pixels = np.r_[0, np.cumsum(shapes.prod(1))]
         return file, starts.tolist(), pixels.tolist(), shapes, file.get_tensor("extents")
@@ -244,7 +253,7 @@ _one_thread = threadpool_limits.wrap(limits=1)
 
 @_one_thread
 def describe_shard(shard: Shard) -> int:
-    """Write the Pictures of a shard as a file of Pictures; returns the number of images."""
+    """Write the Pictures of a shard as an artifact; returns the number of images."""
     pictures = list(_pictures(shard))
     nothing = features.Picture(features.NO_FEATURES, np.zeros((0, 0), np.uint8), np.ones(2, np.float32))
     whole = [picture or nothing for picture in pictures]
@@ -257,8 +266,8 @@ def describe_shard(shard: Shard) -> int:
         "shapes": np.array([picture.grey.shape for picture in whole], np.int64),
         "extents": np.stack([picture.extent for picture in whole]),
     }
-    with artifact.writing_file(shard.file) as tmp:
-        save_file(tensors, tmp)
+    with artifact.writing(shard.folder) as tmp:
+        save_file(tensors, tmp / PICTURES)
     return len(pictures)
 
 
@@ -297,8 +306,8 @@ def match_shard(shard: Shard, reference: Path, count: int, itself: bool, lookali
     index, pictures, look_alikes = _opened(reference, count, lookalikes)
     images = len(_unpack(shard.images))
     rows = findings(_pictures(shard), index, pictures, shard.first, itself, look_alikes)
-    with artifact.writing_file(shard.file) as tmp:
-        pq.write_table(pa.Table.from_pylist(rows, FINDINGS), tmp)
+    with artifact.writing(shard.folder) as tmp:
+        pq.write_table(pa.Table.from_pylist(rows, FINDINGS), tmp / ROWS)
     return images
 
 

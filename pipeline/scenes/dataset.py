@@ -7,12 +7,10 @@ table that only tests, benchmarks and the report may read.
 
 import io
 import itertools
-import multiprocessing
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -22,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
+from pipeline.harness import shards
 from pipeline.scenes import scene
 from pipeline.scenes.categories import CLASSES, OTHERS
 from pipeline.store.params import Section
@@ -165,12 +164,7 @@ def draw_all(files: Sequence[File], params: Draw, workers: int) -> Iterator[tupl
     """Each file with its bytes, in the order given, however many processes draw."""
     make = partial(_bytes, seed=params.seed, size=SIZE)
     contents = [file.content for file in files]
-    if workers == 1:
-        yield from zip(files, map(make, contents), strict=True)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a forked child would inherit the locks of the parent's threads
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        yield from zip(files, pool.map(make, contents, chunksize=CHUNK), strict=True)
+    yield from zip(files, shards.in_order(make, contents, workers, CHUNK, partial(cv2.setNumThreads, 1)), strict=True)
 
 
 def _bytes(content: Scene | Leak | Broken, *, seed: int, size: int) -> bytes:

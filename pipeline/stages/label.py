@@ -1,7 +1,6 @@
 """Keep what a teacher says about a few views of each image, so that students train without it (as TinyViT, Wu et al. 2022)."""
 
 import functools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.harness import shards, stage
+from pipeline.harness import scratch, shards, stage
 from pipeline.harness.machine import Machine
 from pipeline.learning import labels
 from pipeline.learning.labels import Best
@@ -85,7 +84,7 @@ def run(
         gap, rest = _gap(expert, Cached(tmp, labelled.classes, seen, expert.on, "eval"), pixels, params, seed)
         if gap > TOLERANCE:
             for folder in folders:
-                shutil.rmtree(folder)
+                scratch.remove(folder)
             raise UserError(
                 f"the labels of {min(CHECKED, len(seen))} images, made again, differ by up to {gap:.3f} in a probability "
                 f"(more than the {TOLERANCE} that is allowed), as where a run is killed on one device and ends on another. "

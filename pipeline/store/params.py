@@ -1,6 +1,7 @@
 """params.yaml as typed sections: a mistyped key or value stops the run before any work is done."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ NEEDED = {
     "compare": "compare: {baseline: <entry of evaluate whose role is baseline>}",
 }
 """What DVC wants to find in params.yaml, and how to write it. Every other section that is missing is empty."""
+KEY = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}"
+"""What the name of an entry may be: DVC makes paths of it, in which it removes what was there."""
+PATHS = ("init", "teacher", "images", "scores", "model", "first", "second", "evaluation")
+"""The keys of entries that name what lies below data/."""
 
 
 class Section(BaseModel):
@@ -118,9 +123,9 @@ def sections_in(annotation: Any) -> list[type[Section]]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The whole file; raises ParamsError when it is missing, not YAML, or has a top-level key that nothing reads."""
+    """The whole file; raises ParamsError when it is missing, not YAML, has a key that nothing reads, or unsafe names."""
     tree = parsed(file)
-    if wrong := strangers(tree):
+    if wrong := [*strangers(tree), *unsafe(tree)]:
         raise ParamsError(f"{file}: " + "\n".join(wrong))
     return tree
 
@@ -144,6 +149,43 @@ def strangers(tree: Mapping[str, Any]) -> list[str]:
     return [
         f"nothing reads the key `{key}`{similar(str(key), known)}. Known: {', '.join(known)}." for key in tree if key not in known
     ]
+
+
+def unsafe(tree: Mapping[str, Any]) -> list[str]:
+    """A complaint about each name that could lead out of its folder, or that a shell could take for a command.
+
+    Whoever runs a params file that others wrote has to ask this before DVC does: the first thing that DVC does with a stage is to
+    remove its old output, whose path holds the name.
+    """
+    wrong = []
+    for section in (*SHELVES.values(), *(stage for stage in STAGES if stage not in SINGLE)):
+        entries = tree.get(section)
+        for key, entry in entries.items() if isinstance(entries, dict) else ():
+            if not isinstance(key, str):
+                wrong.append(f"`{section}.{key}`: {key!r} is no text for YAML. Write the name in quotes.")
+            elif not re.fullmatch(KEY, key):
+                wrong.append(
+                    f"`{section}.{_shown(key)}`: a name has letters, digits, `_` and `-` only, no `-` first, and at most "
+                    "100 of them. Rename it."
+                )
+            for name in PATHS if isinstance(entry, dict) and section in STAGES else ():
+                path = entry.get(name)
+                if isinstance(path, str) and (not re.fullmatch(r"[\w.+=@,/-]+", path) or {"", "..", "."} & set(path.split("/"))):
+                    wrong.append(
+                        f"`{section}.{_shown(key)}.{name}` is {path!r}: it must be a path below data/, of letters, digits and "
+                        "`_ . + = @ , - /`, without `..`. Correct it."
+                    )
+    root = tree["prepare"].get("root") if isinstance(tree.get("prepare"), dict) else None
+    if isinstance(root, str) and (not root.strip() or not root.isprintable()):
+        wrong.append(f"`prepare.root` is {root!r}: it must be the path of a folder, in printable characters. Correct it.")
+    return wrong
+
+
+def _shown(key: Any) -> str:
+    """A key as one short line: it may be anything."""
+    text = str(key)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def lacking(tree: Mapping[str, Any]) -> list[str]:

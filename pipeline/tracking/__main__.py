@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline.harness import credentials
 from pipeline.harness.journal import DEFAULT_URI, experiment_name, has_ended, start_mirror
 from pipeline.tracking import leaderboard
 from pipeline.tracking.experiment import database_of
@@ -29,7 +30,7 @@ def flush(folder: Path, timeout: float) -> str:
         path.rename(folder / path.name)
     ended = waiting = [file for file in journal_files(folder) if has_ended(file)]
     if waiting:
-        (folder / "flush").write_text(os.environ.get("MLFLOW_TRACKING_URI", ""))
+        (folder / "flush").write_text(credentials.masked(os.environ.get("MLFLOW_TRACKING_URI", "")))
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline:
         start_mirror(folder)
@@ -55,11 +56,11 @@ def _flush_in(worktree: Path, timeout: float) -> str:
 def _where_to_look() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI)
     if uri.startswith("http"):
-        return f"see them at {uri}"
+        return f"see them at {credentials.link(uri)}"
     # The first page of MLflow 3 speaks of prompts and traces; these list the models, or the runs of the stages.
     models = _experiment_of_models(database_of(uri))
     page = leaderboard.address(models) if models else "/#/experiments/1/runs"
-    return f"see them with .venv/bin/mlflow ui --backend-store-uri {uri} at\n  http://127.0.0.1:5000{page}"
+    return f"see them with .venv/bin/mlflow ui --backend-store-uri {credentials.masked(uri)} at\n  http://127.0.0.1:5000{page}"
 
 
 def _experiment_of_models(database: Path | None) -> str | None:
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=JOURNALS, help="the folder of the journals")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="how long flush waits")
     args = parser.parse_args()
+    credentials.mask_output()
     if args.command == "flush":
         sys.stdout.write(flush(args.folder, args.timeout) + "\n")
         for worktree in sorted(WORKTREES.glob("*")):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
+from pipeline.harness import credentials
 from pipeline.harness.journal import DEFAULT_URI, experiment_name, given_tags, metrics_on_disk, tags_of_now
 from pipeline.report import comparison
 from pipeline.report.evaluation import Evaluation
@@ -194,7 +195,7 @@ def signature(classes: Sequence[str], size: int) -> Any:
 
 def links(experiment: Experiment, run_id: str, version: str | None) -> dict[str, str]:
     """Where to look: pages of the server, or those that `mlflow ui` on the database would show."""
-    server = experiment.uri if experiment.uri.startswith("http") else "http://127.0.0.1:5000"
+    server = credentials.link(experiment.uri) if experiment.uri.startswith("http") else "http://127.0.0.1:5000"
     pages = {"run": f"{server}/#/experiments/{experiment.experiment_id}/runs/{run_id}"}
     if version is not None:
         is_champion = str(experiment.client.get_registered_model(MODEL).aliases.get(CHAMPION)) == version
@@ -208,6 +209,7 @@ def main() -> None:
     )
     parser.add_argument("stages", nargs="*", help="such as `prepare` or `distil.ssld`")
     args = parser.parse_args()
+    credentials.mask_output()
     tags = given_tags()
     experiment = Experiment(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI), experiment_name())
     try:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.harness import credentials
+
 LONGEST_WAIT_SECONDS = 60.0
 
 MLFLOW_SETTINGS = {
@@ -25,12 +27,15 @@ MLFLOW_SETTINGS = {
 
 
 class Experiment:
-    """An experiment of an MLflow store. Opened when first used; after a failure it rests for a growing time."""
+    """An experiment of an MLflow store. Opened when first used; after a failure it rests for a growing time.
+
+    `uri`: as in MLFLOW_TRACKING_URI, or as `credentials.masked` leaves it, where that variable has the whole.
+    """
 
     def __init__(self, uri: str, experiment: str) -> None:
-        self.uri, self._experiment = uri, experiment
+        self.uri, self._experiment = credentials.whole(uri), experiment
         self._client: Any = None
-        self._database = database_of(uri)
+        self._database = database_of(self.uri)
         self._inode = 0
         self._rest = 0.0
         self.resting_until = 0.0
@@ -150,5 +155,5 @@ def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def say(message: str) -> None:
-    sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+    sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {credentials.masked(message)}\n")
     sys.stderr.flush()

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.harness import credentials
 from pipeline.harness.journal import mirror_command, run_name, try_lock
 from pipeline.tracking import leaderboard
 from pipeline.tracking.comparison import TAG_LIMIT, complete, numbers_of, originals, params_of, tags_of
@@ -34,6 +35,7 @@ class Mirror:
         self.folder = folder
         self._journals: dict[Path, Waiting] = {}
         self._experiments: dict[tuple[str, str], Experiment] = {}
+        self._locked_out: set[str] = set()  # stores of which this process lacks the credentials
 
     def follow(self) -> None:
         """Run until idle, or until nothing can be reached any more. Only one mirror of a folder runs at a time."""
@@ -53,6 +55,9 @@ class Mirror:
                 os.execv(sys.executable, mirror_command(self.folder))  # MLflow keeps the old one open as long as it lives
             before = journal_files(self.folder)
             alive = self.poll()
+            if credentials.lacking(self._told_by_flush()):
+                say("`flush` names a store of which this process lacks the credentials: its own mirror takes over")
+                return True
             left = journal_files(self.folder)
             if alive or len(left) < len(before):
                 useful = time.monotonic()
@@ -68,11 +73,24 @@ class Mirror:
             journal.read()
         self._obey_flush()
         for journal in self._journals.values():
+            if credentials.lacking(journal.state.uri):
+                self._lock_out(journal.state.uri)
+                continue
             experiment = self._experiment(journal)
             patient = journal.strikes < STRIKES or not journal.alive
             if patient and journal.lock_is_settled() and time.monotonic() >= experiment.resting_until:
                 self._try(journal, experiment)
         return any(journal.alive for journal in self._journals.values())
+
+    def _lock_out(self, uri: str) -> None:
+        if uri not in self._locked_out:
+            say(f"{uri} wants credentials. `flush` sends what waits for it, with MLFLOW_TRACKING_URI as the stage had it")
+            self._locked_out.add(uri)
+
+    def _told_by_flush(self) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / "flush").read_text()
+        return ""
 
     def _load(self, file: Path) -> Waiting | None:
         try:
@@ -85,9 +103,8 @@ class Mirror:
     def _obey_flush(self) -> None:
         """Try again at once what was resting; `flush` may also name another store for everything that has ended."""
         marker = self.folder / "flush"
-        if not marker.exists():
+        if not marker.exists() or credentials.lacking(uri := marker.read_text()):
             return
-        uri = marker.read_text()
         marker.unlink()
         for experiment in self._experiments.values():
             experiment.resting_until = 0.0
@@ -106,7 +123,7 @@ class Mirror:
             if not experiment.healthy():
                 return
             if journal.state.run_id is not None and not experiment.has(journal.state.run_id):
-                journal.restart(experiment.uri)
+                journal.restart(journal.state.uri)
             journal.strikes += 1
             if journal.strikes >= STRIKES and not journal.alive:
                 self._refuse(journal, experiment)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.harness import credentials
 from pipeline.harness.journal import has_ended
 
 
@@ -35,7 +36,7 @@ class Waiting:
         self.record: dict[str, Any] = self.begin["record"]
         self._state_file = path.with_suffix(".state")
         self.known = self._state_file.exists()
-        self.state = self._unsent(self.begin["uri"])
+        self.state = self._unsent(credentials.masked(self.begin["uri"]))
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # none yet, or damaged when the machine went down
             self.state = State(**json.loads(self._state_file.read_text()))
         self._read_to = self.state.offset

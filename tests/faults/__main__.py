@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.faults.harness import House, commands, flip, kill
+from tests.faults.harness import House, adopt_orphans, commands, flip, kill
 
 
 def main() -> int:
@@ -20,10 +20,12 @@ def main() -> int:
     args = parser.parse_args()
     random = np.random.default_rng(args.seed)
     wrong: list[str] = []
-    met = flips = 0
+    met = flips = stuck = left = 0
+    adopt_orphans()
     with tempfile.TemporaryDirectory() as folder:
         house, todo = House(Path(folder)), commands()
-        print("| stage | seconds | kills | other bytes | flipped bits | unnoticed |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+        print("| stage | seconds | kills | other bytes | stuck | processes left | flipped bits | unnoticed |", end="\n| --- |")
+        print(" ---: |" * 7)
         for i, command in enumerate(todo):
             status, _ = house.run(command)
             if status:
@@ -33,16 +35,22 @@ def main() -> int:
             house.forget(command)
             _, seconds = house.run(command)  # the first run of a kind of stage imports and fills caches
             share = args.kills * (i + 1) // len(todo) - args.kills * i // len(todo)
-            kills, differing = kill(house, command, share, random, seconds)
+            came = kill(house, command, share, random, seconds)
+            if came.stuck:
+                house.forget(command)
+                house.run(command)  # what follows reads its artifacts
             unnoticed = flip(house, command, random)
             read = len(list(house.artifacts_read(command)))
-            print(f"| {command.name} | {seconds:.2f} | {kills} | {len(differing)} | {read} | {len(unnoticed)} |", flush=True)
-            wrong += differing + unnoticed
-            met, flips = met + kills, flips + read
-    print(f"\n{met} kills, {flips} flipped bits, {len(wrong)} gone wrong (seed {args.seed}).")
+            figures = (came.met, len(came.differing), len(came.stuck), came.left, read, len(unnoticed))
+            print(f"| {command.name} | {seconds:.2f} | {' | '.join(map(str, figures))} |", flush=True)
+            wrong += came.differing + came.stuck + unnoticed
+            met, flips, stuck, left = met + came.met, flips + read, stuck + len(came.stuck), left + came.left
+    print(
+        f"\n{met} kills, {stuck} stuck, {left} processes left, {flips} flipped bits, {len(wrong)} gone wrong (seed {args.seed})."
+    )
     for line in wrong:
         print(line, file=sys.stderr)
-    return bool(wrong) or met < args.kills
+    return bool(wrong) or left > 0 or met < args.kills
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Runs the stages of dvc.yaml on a tiny house, each in a child forked from a process that has imported everything already."""
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import importlib
@@ -12,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.store import artifact
 from tests.tiny import encoded, tar_of
 
 ROOT = Path(__file__).parent.parent.parent
+LEFT_SECONDS = 10.0
 MODEL = {"arch": "resnet8", "options": {"width": 4, "stem_stride": 2}, "input": {"size": 32}}
 TRAINING = {"steps": 8, "batch": 8, "lr": 0.05}
 NAMED = {"model": "small", "view": "shifted", "training": "sgd"}
@@ -189,7 +191,9 @@ def commands() -> list[Command]:
     for name, spec in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
         entries = PARAMS[name] if "foreach" in spec else {None: {}}
         for key, item in entries.items():
-            values = {"key": key, **{f"item.{k}": v for k, v in item.items()}, "prepare.root": PARAMS["prepare"]["root"]}
+            root = PARAMS["prepare"]["root"]
+            values = {"${key}": key, "{entry}": key, "${prepare.root}": root, "{root}": root}
+            values |= {f"${{item.{k}}}": v for k, v in item.items()} | {f"{{{k}}}": v for k, v in item.items()}
             found.append(_command(name, key, _filled(spec.get("do", spec), values)))
     ordered: list[Command] = []
     made = {Path("data") / file for file in ("scratch", "labels", "overrides.csv", "raw", "evaluate")}
@@ -203,19 +207,19 @@ def commands() -> list[Command]:
 
 
 def _filled(tree: Any, values: dict[str, Any]) -> Any:
-    """`tree` with each ${name} replaced, as DVC does."""
+    """`tree` with each of `values` replaced: ${name} as DVC does, {name} as a stage does."""
     if isinstance(tree, dict):
         return {_filled(k, values): _filled(v, values) for k, v in tree.items()}
     if isinstance(tree, list):
         return [_filled(part, values) for part in tree]
     if isinstance(tree, str):
         for name, value in values.items():
-            tree = tree.replace(f"${{{name}}}", str(value))
+            tree = tree.replace(name, str(value))
     return tree
 
 
 def _command(name: str, key: str | None, spec: dict[str, Any]) -> Command:
-    argv = [part.strip('"') for part in spec["cmd"].split()[3:]]
+    argv = [*([key] if key else []), *spec["cmd"].split()[3:]]
     paths = {flag: Path(value) for flag, value in itertools.pairwise(argv) if flag.startswith("--")}
     metrics = [Path(next(iter(m))) for m in spec["metrics"]]
     return Command(
@@ -227,25 +231,60 @@ def _command(name: str, key: str | None, spec: dict[str, Any]) -> Command:
     )
 
 
-def kill(house: House, command: Command, kills: int, random: np.random.Generator, seconds: float) -> tuple[int, list[str]]:
+@dataclass
+class Killed:
+    """What came of the kills of a stage: how many met it at work, and the trials after which something was wrong."""
+
+    met: int = 0
+    differing: list[str] = field(default_factory=list)
+    """Files with other bytes than the undisturbed stage's."""
+    stuck: list[str] = field(default_factory=list)
+    """The last words of a stage that did not go on when it was run again."""
+    left: int = 0
+    """Processes that outlived a killed stage by LEFT_SECONDS."""
+
+
+def kill(house: House, command: Command, kills: int, random: np.random.Generator, seconds: float) -> Killed:
     """Kill the stage `kills` times at random moments, in trials of one to three kills, and let each trial come to its end.
 
-    `seconds`: how long the undisturbed stage took, which has just run. Returns the number of kills that met a stage at work,
-    and the files whose bytes were others than the undisturbed stage's.
+    `seconds`: how long the undisturbed stage took, which has just run.
     """
-    expected, met, wrong = house.written(command), 0, []
+    expected, came = house.written(command), Killed()
     for _ in range(10 * kills):
-        if met >= kills:
+        if came.met >= kills:
             break
         house.forget(command)
         for _ in range(int(random.integers(1, 4))):
-            met += house.killed(command, random.uniform(0, seconds))
+            came.met += house.killed(command, random.uniform(0, seconds))
+            came.left += end_orphans()
         status, _ = house.run(command)
         if status:
-            raise AssertionError(f"{command.name}, killed and run again, ended with status {status}:\n{house.log()}")
+            came.stuck.append(f"{command.name}, killed and run again, ended with status {status}:\n{house.log()}")
+            continue
         found = house.written(command)
-        wrong += [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
-    return met, wrong
+        came.differing += [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    return came
+
+
+def adopt_orphans() -> None:
+    """From now on whatever a killed stage leaves behind becomes a child of this process, which so can see it (Linux)."""
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+
+
+def end_orphans() -> int:
+    """Wait for adopted children to end by themselves, and kill those that do not; returns how many did not."""
+    deadline, children = time.monotonic() + LEFT_SECONDS, Path(f"/proc/self/task/{os.getpid()}/children")
+    left: set[int] = set()
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            ended, _ = os.waitpid(-1, os.WNOHANG)
+            if not ended and time.monotonic() > deadline:
+                for pid in map(int, children.read_text().split()):
+                    left.add(pid)
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0 if ended else 0.01)
+    return len(left)
 
 
 def flip(house: House, command: Command, random: np.random.Generator) -> list[str]:

@@ -378,3 +378,26 @@ def test_two_clones_share_a_stage_through_the_remote(project: Path, tmp_path: Pa
     assert sh(other, "git", "status", "--porcelain") == ""
     with pytest.raises(worktree.WorktreeError, match="does not have the commit"):
         worktree.make(other, "0" * 40, key=["use@a"])
+
+
+def test_a_worktree_that_a_kill_left_half_made_or_half_removed_is_made_anew(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = worktree.git(project, "rev-parse", "HEAD")
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worktree, "_same_cache", dies)
+        with pytest.raises(KeyboardInterrupt):
+            worktree.make(project, head, key=["x"])
+    place = worktree.make(project, head, key=["x"])
+    (place / "mine").touch()
+    assert worktree.make(project, head, key=["x"]) == place
+    assert (place / "mine").is_file()
+    with monkeypatch.context() as patched:
+        patched.setattr(worktree, "git", dies)
+        with pytest.raises(KeyboardInterrupt):
+            worktree.remove(project, place)
+    assert not (worktree.make(project, head, key=["x"]) / "mine").exists()

@@ -127,6 +127,18 @@ def test_under_dvc_a_section_that_a_later_stage_needs_is_missed_at_once(house: P
     assert not (house / "data").exists()
 
 
+def test_under_dvc_the_entry_and_what_it_names_come_from_no_shell(house: Path) -> None:
+    start = [sys.executable, "distil.py", "--source", "{text}", "--out", "data/distil/{entry}"]
+    command(house, text="source")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WINNOW_TRACKING": "off", "DVC_STAGE": "../dvc.yaml:distil@x"}
+    done = subprocess.run(start, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (house / "data/distil/x/text").read_text() == "source-7"
+    del environment["DVC_STAGE"]
+    done = subprocess.run(start, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, "which entry of `distil`?" in done.stderr) == (2, True)
+
+
 def test_help_describes_the_keys_of_the_section(house: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "pipeline.stages.select", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert "  k: integer ≥ 1, ≤ 999999; required\n      Images of each class.\n" in done.stdout

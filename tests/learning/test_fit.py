@@ -79,16 +79,26 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, training: optimise
     assert resumed_history == history
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    training = optimisers.Training(steps=10, batch=16)
-    with pytest.raises(Killed):
-        train(tmp_path, training, die_at=5)
-    state = tmp_path / "checkpoint" / "state.safetensors"
+def flipped(checkpoint: Path) -> None:
+    state = checkpoint / "state.safetensors"
     data = bytearray(state.read_bytes())
     data[-5] ^= 1
     state.write_bytes(data)
-    with pytest.raises(Exception, match="altered"):
-        train(tmp_path, training)
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda checkpoint: (checkpoint / "done.json").unlink()])
+def test_a_damaged_checkpoint_is_as_none(
+    damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = optimisers.Training(steps=10, batch=16)
+    whole, history = train(tmp_path / "whole", training)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", training, die_at=5)
+    damage(tmp_path / "killed" / "checkpoint")
+    again, again_history = train(tmp_path / "killed", training)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    assert again_history == history
+    assert "this is done again" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_shard(tmp_path: Path, monkeyp
     def killed_in_the_second(shard: search.Shard, **rest: Any) -> int:
         if done:
             raise KeyboardInterrupt
-        done.append(shard.file)
+        done.append(shard.folder)
         return match_shard(shard, **rest)
 
     with monkeypatch.context() as patch:
@@ -359,7 +359,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
 
 def test_pictures_come_back_as_they_were_extracted(tmp_path: Path):
     images = manifest.read(manifest_of(tmp_path / "pool", {"a": photograph(1), "b": b"broken", "c": photograph(2, 40, 30)}))
-    shard = search.Shard(search._pack(images.table), 0, tmp_path / "store" / "000000.safetensors", None)
+    shard = search.Shard(search._pack(images.table), 0, tmp_path / "store" / "000000", None)
     assert search.describe_shard(shard) == 3
     store = search.Pictures(tmp_path / "store", 3)
     for row, image in ((0, photograph(1)), (2, photograph(2, 40, 30))):
@@ -375,3 +375,18 @@ def test_empty_inputs_leave_the_pool_as_it_was(tmp_path: Path):
     work = Bench(tmp_path, pool=OTHERS)
     assert work.run()["kept"] == len(OTHERS)
     assert work.kept() == set(OTHERS)
+
+
+def test_damaged_scratch_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = Bench(tmp_path, pool=COPY, val=ORIGINALS)
+    work.search()
+    before = bytes_of(tmp_path / "found")
+    kept = [file for file in work.scratch.rglob("*") if file.suffix in (".safetensors", ".parquet")]
+    assert len(kept) == 4  # pictures, the index, pool against reference, reference against itself
+    for file in kept:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    work.search()
+    assert bytes_of(tmp_path / "found") == before
+    assert capsys.readouterr().err.count("this is done again") == 4

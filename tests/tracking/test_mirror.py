@@ -604,3 +604,30 @@ def test_flush_goes_over_worktrees_that_were_kept_for_their_journals(
     __main__.main()
     said = capsys.readouterr().out
     assert said.splitlines() == ["here", *(f".scratch/worktrees/{n}: {n} is flushed" for n in "ab")]
+
+
+def test_a_password_in_the_address_of_the_store_is_in_no_file_and_no_log(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(journal, "start_mirror", lambda folder: None)
+    monkeypatch.setattr(__main__, "start_mirror", lambda folder: None)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    address = "http://me:s3cret-w0rd@127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    execute(record("teach.teacher"), accuracy=0.5)
+    mirror = Mirror(FOLDER)
+    mirror.poll()
+    (waiting,) = mirror._journals.values()
+    assert mirror._experiment(waiting).uri == address
+    waiting.save()
+    said = flush(FOLDER, timeout=0.0)
+    assert "see them at http://127.0.0.1:9" in said
+    assert (FOLDER / "flush").read_text() == "http://***@127.0.0.1:9"
+    written = [said, *capfd.readouterr(), *(file.read_text() for file in project.rglob("*") if file.is_file())]
+    assert any("does not answer" in text for text in written)
+    assert [text for text in written if "s3cret" in text] == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    with (FOLDER / "mirror.lock").open("ab") as lock:
+        assert Mirror(FOLDER)._follow(lock), "one without the password leaves the store to one that has it"
+    assert "lacks the credentials" in capfd.readouterr().err
+    assert list(FOLDER.glob("*.jsonl")) != []

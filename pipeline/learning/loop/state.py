@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from pipeline.harness import scratch
 from pipeline.learning.loop.optimisers import Training, TrainingError
 from pipeline.store import artifact
 
@@ -69,10 +70,9 @@ class State:
             (tmp / "done.json").write_text(json.dumps({"step": done.step, "history": done.history}))
 
     def resume(self) -> _Done:
-        """Restore the modules and the optimiser in place. Raises ArtifactError for a damaged checkpoint."""
-        if not self.folder.exists():
+        """Restore the modules and the optimiser in place; from the start where no whole checkpoint is there."""
+        if not scratch.usable(self.folder):
             return _Done()
-        artifact.verify(self.folder)
         tensors = safetensors.torch.load_file(self.folder / "state.safetensors")
         for kind, module in self.modules.items():
             module.load_state_dict({n.removeprefix(f"{kind}."): t for n, t in tensors.items() if n.startswith(f"{kind}.")})
