@@ -123,6 +123,58 @@ def only_outputs_missing(changes: Any) -> bool:
     )
 
 
+def restorable(folder: Path, order: Sequence[str], stale: Sequence[str]) -> set[str]:
+    """Those of the `stale` stages whose result DVC has in its cache, so that it would restore them and not run them.
+
+    `order`: these and all that they need, in order. A stage that needs one which will run is not among them: its inputs are not
+    known yet.
+    """
+    from dvc.repo import Repo
+
+    lock = locked(folder)
+    found: set[str] = set()
+    with Repo(str(folder)) as repo:
+        stages = {stage.addressing: stage for stage in repo.index.stages}
+        maker = {out.def_path: name for name, stage in stages.items() for out in stage.outs}
+        known = {out["path"]: out for name in order if name not in stale for out in lock.get(name, {}).get("outs") or []}
+        for name in (name for name in order if name in stale):
+            for out in _result(stages[name], lock.get(name), known, maker, repo) or []:
+                known[out["path"]] = out
+                found.add(name)
+    return found
+
+
+def _result(stage: Any, entry: Any, known: Mapping[str, Any], maker: Mapping[str, str], repo: Any) -> list[Any] | None:
+    """The outputs that DVC would give a stage without running it; None if it would run it. `known`: the outputs above it."""
+    from dvc.exceptions import DvcException
+    from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    recorded = {dep["path"]: dep for dep in (entry or {}).get("deps") or []}
+    try:
+        for dep in stage.deps:
+            inside = [path for path in maker if path.startswith(f"{dep.def_path}/")]
+            if dep.def_path in maker or inside:
+                paths = [dep.def_path] if dep.def_path in maker else inside
+                if any(path not in known for path in paths):
+                    return None
+                # A folder of several outputs: where all of them are known it is taken to be the one that was recorded.
+                same = known[dep.def_path] if dep.def_path in maker else recorded[dep.def_path]
+                dep.hash_info = HashInfo("md5", same["md5"])
+            else:
+                dep.save()
+        cached = entry
+        if not _can_hash(stage):
+            return None
+        if entry is None or _get_cache_hash(dict(entry), key=True) != _get_stage_hash(stage):
+            cached = repo.stage_cache._load(stage)
+        if not cached or not repo.stage_cache._create_stage(cached, wdir=stage.wdir).outs_cached():
+            return None
+    except (DvcException, KeyError, OSError):
+        return None
+    return list(cached["outs"])
+
+
 def repro(stage: str, force: bool = False) -> list[str]:
     """The command that brings one stage up to date and no other."""
     return command("repro", "--single-item", *(["--force"] if force else []), stage)
@@ -147,6 +199,11 @@ def override(folder: Path, changes: Sequence[str]) -> None:
         apply_overrides(folder / "params.yaml", list(changes))
     except DvcException as error:
         raise DVCError(f"params: {', '.join(changes)}: {error.__cause__ or error}") from error
+
+
+def locked(folder: Path) -> dict[str, Any]:
+    """What dvc.lock says about each stage that has run."""
+    return dict(_lock(folder)["stages"])
 
 
 def lock_entry(folder: Path, stage: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ python -m pipeline check [--params FILE]     the mistakes in keys, values and na
 python -m pipeline schema                    write params.schema.json, by which editors complete and check
 python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
 python -m pipeline predict MODEL IMAGES...   classify pictures (`predict --help` says what it takes)
+python -m pipeline estimate STAGE...         how long stages will take, as JSON: what `make plan` shows as a table
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pipeline.harness import lockfile
 from pipeline.harness.machine import Machine
 from pipeline.harness.reference import Row, rows, summary, told
 from pipeline.harness.stage import PARAMS_FILE, WORK, exit_codes, is_out
+from pipeline.planning import arguments as estimating
 from pipeline.predict import arguments as predicting
 from pipeline.report.evaluation import not_a_baseline
 from pipeline.store import params
@@ -38,11 +40,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,predict}")
+    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,predict,estimate}")
     commands.add_parser("check").add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
     commands.add_parser("schema")
     commands.add_parser("reference")
     predicting.add_arguments(commands.add_parser("predict", description=predicting.DESCRIPTION))
+    estimating.add_arguments(commands.add_parser("estimate", description=estimating.DESCRIPTION))
     args = parser.parse_args()
     with exit_codes("it begins anew"):
         if args.do == "schema":
@@ -53,6 +56,11 @@ def main() -> None:
             from pipeline.predict import command  # torch, and only here
 
             sys.stderr.write(f"{command.run(args)}\n")
+        elif args.do == "estimate":
+            params.read(args.params)  # a mistake is told before torch is imported
+            from pipeline.planning import command as planning
+
+            sys.stdout.write(f"{planning.run(args)}\n")
         else:
             if told_of_lock := lockfile.mend(WORK):
                 sys.stderr.write(f"{told_of_lock}\n")
