@@ -284,10 +284,10 @@ def of_folder(folder: Path, targets: Sequence[str], force: bool, more: Sequence[
         return Plan([], len(wanted))
     why = reasons(folder, graph, todo, changes, force)
     restored = set() if force else dag.restorable(folder, wanted, todo)
-    command = estimating([stage for stage in todo if stage not in restored], *more)
+    asked = [stage for stage in todo if stage not in restored]
     answer: dict[str, Any] = {}
-    if len(command) > len(estimating([], *more)):
-        done = subprocess.run(command, cwd=folder, env=dag.environment(), stdout=subprocess.PIPE, text=True)
+    if asked:
+        done = subprocess.run(estimating(asked, *more), cwd=folder, env=dag.environment(), stdout=subprocess.PIPE, text=True)
         answer = json.loads(done.stdout.splitlines()[-1]) if not done.returncode else {}
     return together(todo, why, restored, len(wanted) - len(todo), answer)
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.errors import UserError
 from pipeline.models import architectures, exits
@@ -61,7 +61,7 @@ def macs(kind: Kind) -> float:
 @cache
 def _macs(net: str, classes: int, with_exits: bool) -> int:
     described = json.loads(net)
-    with torch.device("meta"):  # shapes alone: no memory, no time
+    with FakeTensorMode():  # shapes alone: no memory, no time
         model = architectures.create(described["arch"], classes, described["options"])
         whole = exits.Stacked(exits.Exits(model, classes)) if with_exits else model
         return architectures.macs(whole, described["size"])

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> str:
         found, seconds = estimate.estimates(recipe, args.stages, folder, not args.no_probe, args.fresh)
         answer["stages"] = {name: of._asdict() for name, of in found.items()}
     else:
-        given, assumed = images_of(args, recipe)
+        given, assumed = images_of(args)
         sys.stderr.write("counting and probing; the images are drawn\n")
         hours, seconds = ahead.hours(recipe, given, args.size, args.gpu_macs, folder)
         answer |= {"given": given._asdict(), "assumed": assumed, "size": args.size, "gpu_macs": args.gpu_macs}
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> str:
     return json.dumps(answer | {"probed": seconds})
 
 
-def images_of(args: argparse.Namespace, recipe: Recipe) -> tuple[Given, list[str]]:
+def images_of(args: argparse.Namespace) -> tuple[Given, list[str]]:
     """The numbers of images, and which of them nobody gave. Raises UserError."""
     if args.val is None:
         raise UserError("--images needs --val, the number of validation images.")

@@ -133,7 +133,7 @@ def _divided(recipe: Recipe, sources: Given) -> tuple[dict[str, int], int]:
     params = recipe.section("prepare", None)
     assert isinstance(params, Prepare)
     budget = min(sources.labelled, (params.per_class or sources.labelled) * sources.classes)
-    holdout = max(sources.classes, round(params.holdout * budget))
+    holdout = sources.classes * max(1, round(params.holdout * budget / sources.classes))
     pool = sources.pool + (sources.labelled - budget if params.rest == "pool" else 0)
     return {"train": budget - holdout, "holdout": holdout, "val": sources.val, "pool": pool}, sources.classes
 

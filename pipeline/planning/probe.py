@@ -322,8 +322,9 @@ class Prober:
 
     # Processes ---------------------------------------------------------------------------------------------------------
 
-    def _start(self, torch: bool) -> Rate:
+    def _start(self, torch: bool, trains: bool) -> Rate:
         modules = "pipeline.stages.teach" if torch else "pipeline.stages.search"
+        modules += ", torch._dynamo" if trains else ""  # which optimisers import when they are made
         code = f"import {modules}, resource as r; u = r.getrusage(r.RUSAGE_SELF); print(u.ru_utime + u.ru_stime)"
         began = time.perf_counter()
         said = subprocess.run([*PYTHON, code], capture_output=True, text=True, check=True).stdout

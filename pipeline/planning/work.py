@@ -161,11 +161,12 @@ def work_of(recipe: Recipe, stage: str, section: Section, rows: Mapping[str, int
     """
     if stage not in WORKS:
         raise PlanError(f"what `{stage}` does is not described in pipeline/planning/work.py.")
+    own = (kind("start", torch=stage in TORCH, trains=stage in TRAINS), 1.0)
     work: Work = {}
-    for what, amount in WORKS[stage](Facts(recipe, section, rows, classes)):
+    for what, amount in (own, *WORKS[stage](Facts(recipe, section, rows, classes))):
         if amount > 0:
             work[what] = work.get(what, 0.0) + amount
-    return {kind("start", torch=stage in TORCH): 1.0, **work}
+    return work
 
 
 class Facts(NamedTuple):
@@ -204,7 +205,7 @@ def _draw(facts: Facts) -> Parts:
 
 def _processes(facts: Facts) -> tuple[Kind, float]:
     """Worker processes start beside each other, after the stage."""
-    return kind("start", torch=False), float(facts.machine.cores(facts.machine.workers) > 1)
+    return kind("start", torch=False, trains=False), float(facts.machine.cores(facts.machine.workers) > 1)
 
 
 def _prepare(facts: Facts) -> Parts:
