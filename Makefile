@@ -25,7 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 run: $(STAMP)  ## the whole job of params.yaml: by default on scenes that winnow draws
 	@python -m pipeline check
-	@python -m flows plan --save .scratch/plan.json
+	-@python -m flows plan --save .scratch/plan.json
 	WINNOW_PLAN=.scratch/plan.json dvc repro
 	@python -m pipeline.tracking flush
 	@python -m pipeline.stages.compare --show data/compare/results

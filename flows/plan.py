@@ -21,9 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flows import dag
+from flows.worktree import DURATIONS
 
-SCRATCH = Path(".scratch")
-PLAN, DURATIONS = SCRATCH / "plan.json", SCRATCH / "durations.jsonl"
 RESTORING = 1.0  # seconds to take a stage from DVC's cache, its start included
 CAUSES = 2  # that are told of a stage; the others are counted
 DOUBT = 0.1  # see `left`

@@ -15,6 +15,7 @@ from flows import dag
 
 WORKTREES = Path(".scratch", "worktrees")
 LOCAL_CONFIG = Path(".dvc", "config.local")
+DURATIONS = Path(".scratch", "durations.jsonl")
 
 
 class WorktreeError(Exception):
@@ -60,6 +61,7 @@ def make(
         if tree:
             git(folder, "read-tree", "--reset", "-u", tree)
         _same_cache(workspace, folder)
+        _same_memory(workspace, folder)
     if params is not None:
         (folder / "params.yaml").write_text(params)
     if lock is None and (workspace / "dvc.lock").is_file() and not (folder / "dvc.lock").is_file():
@@ -86,6 +88,14 @@ def _same_cache(workspace: Path, folder: Path) -> None:
         shutil.copyfile(mine, folder / LOCAL_CONFIG)
     cache = dag.call(workspace, "cache", "dir").strip()
     dag.call(folder, "config", "--local", "cache.dir", str((workspace / cache).resolve()))
+
+
+def _same_memory(workspace: Path, folder: Path) -> None:
+    """What stages take in the worktree is remembered in the workspace, from where plans are made (`flows.plan`)."""
+    here = folder / DURATIONS
+    here.parent.mkdir(parents=True, exist_ok=True)
+    (workspace / DURATIONS).parent.mkdir(parents=True, exist_ok=True)
+    here.symlink_to(workspace.absolute() / DURATIONS)
 
 
 def link_sources(workspace: Path, folder: Path, sources: Sequence[str]) -> None:

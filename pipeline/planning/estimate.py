@@ -138,11 +138,9 @@ def estimated(name: str, work: Work | UserError, runs: Sequence[Run], rates: Rat
     alike = [run for run in runs if run.stage == stage and run.work.keys() == work.keys()]
     try:
         now = rates.sum(work)
-        for run in alike[:1]:
-            then = rates.sum(run.work)
-            return _after(
-                [run], now.wall / then.wall, now.cpu / then.cpu, f"{run.name} earlier" if run.name != name else "scaled"
-            )
+        if alike:
+            then = rates.sum(alike[0].work)
+            return _after(alike[:1], now.wall / then.wall, now.cpu / then.cpu, "an earlier run, scaled")
     except PlanError as error:
         return Estimate(None, None, str(error))
     return Estimate(START + now.wall, START + now.cpu, "probe")

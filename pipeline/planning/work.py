@@ -119,9 +119,13 @@ class Recipe:
         """The typed params of a stage; `value` in the place of what the file says. Raises ParamsError."""
         kind_of: type[Section] = get_type_hints(importlib.import_module(f"pipeline.stages.{stage}").run)["params"]
         keys = tuple(filter(None, (stage, entry)))
-        if value is None:
-            return params.load(self.file, kind_of, keys)
-        return kind_of.model_validate(value)
+        if value is not None:
+            return kind_of.model_validate(value)
+        said = self.tree.get(stage) if entry is None else (self.tree.get(stage) or {}).get(entry)
+        found, wrong = params.resolve(self.tree, kind_of, keys, said)
+        if found is None:
+            raise params.ParamsError(f"{self.file}: " + "\n".join(wrong))
+        return found
 
     def net(self, name: str, given: Network | None = None) -> Net:
         """The network of `teach/teacher`, of a model directory below data/, or `given`. Raises PlanError, ParamsError."""

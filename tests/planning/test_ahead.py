@@ -16,6 +16,7 @@ from pipeline.planning.work import Recipe
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.whole
 def test_the_compute_of_imagenet_is_that_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/labs.md, *Compute*, in 10^18 multiply-accumulates."""
     monkeypatch.chdir(tmp_path)
