@@ -6,9 +6,9 @@ from pathlib import Path
 
 from flows import dag, plan
 
-DESCRIPTION = """What a run would do now: each stage that would run or be restored from DVC's cache, why, and how long it will take
-on this machine. With --images: core-hours and GPU-hours of a params file for data that are not there yet. docs/plan.md says where
-the times come from."""
+DESCRIPTION = """What a run would do now: each stage that would run or be restored from DVC's cache, why, and how long it will
+take on this machine. With --images: core-hours and GPU-hours of a params file for data that are not there yet. docs/plan.md says
+where the times come from."""
 AHEAD = {
     "--images": ("N", "images of the pool: 14_000_000"),
     "--val": ("N", "validation images"),
@@ -43,9 +43,7 @@ def main() -> None:
             sys.stdout.write(plan.ahead(Path.cwd(), [*numbers, *probing], args.width))
             return
         if numbers:
-            parser.error(
-                f"{numbers[0]} goes with --images; without it the plan is that of params.yaml and the data of this folder"
-            )
+            parser.error(f"{numbers[0]} goes with --images; without it the plan is of params.yaml and the data of this folder")
         made = plan.of_folder(Path.cwd(), args.stages, args.force, probing)
     except dag.DVCError as error:
         sys.exit(f"error: {error}")
