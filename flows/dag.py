@@ -147,7 +147,8 @@ def restorable(folder: Path, order: Sequence[str], stale: Sequence[str]) -> set[
 def _result(stage: Any, entry: Any, known: Mapping[str, Any], maker: Mapping[str, str], repo: Any) -> list[Any] | None:
     """The outputs that DVC would give a stage without running it; None if it would run it. `known`: the outputs above it."""
     from dvc.exceptions import DvcException
-    from dvc.stage.cache import _can_hash, _get_cache_hash, _get_stage_hash
+    from dvc.stage.cache import _get_cache_hash
+    from dvc.stage.serialize import to_single_stage_lockfile
     from dvc_data.hashfile.hash_info import HashInfo
 
     recorded = {dep["path"]: dep for dep in (entry or {}).get("deps") or []}
@@ -155,24 +156,22 @@ def _result(stage: Any, entry: Any, known: Mapping[str, Any], maker: Mapping[str
         for dep in stage.deps:
             inside = [path for path in maker if path.startswith(f"{dep.def_path}/")]
             if dep.def_path in maker or inside:
-                paths = [dep.def_path] if dep.def_path in maker else inside
-                if any(path not in known for path in paths):
+                if any(path not in known for path in ([dep.def_path] if dep.def_path in maker else inside)):
                     return None
                 # A folder of several outputs: where all of them are known it is taken to be the one that was recorded.
                 same = known[dep.def_path] if dep.def_path in maker else recorded[dep.def_path]
                 dep.hash_info = HashInfo("md5", same["md5"])
             else:
                 dep.save()
-        cached = entry
-        if not _can_hash(stage):
+        key = _get_cache_hash(to_single_stage_lockfile(stage), key=True)
+        if entry is None or _get_cache_hash(dict(entry), key=True) != key:
+            folder = Path(repo.stage_cache._get_cache_dir(key))
+            entry = repo.stage_cache._load_cache(key, max(folder.iterdir(), key=lambda file: file.stat().st_mtime).name)
+        if not entry or not repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached():
             return None
-        if entry is None or _get_cache_hash(dict(entry), key=True) != _get_stage_hash(stage):
-            cached = repo.stage_cache._load(stage)
-        if not cached or not repo.stage_cache._create_stage(cached, wdir=stage.wdir).outs_cached():
-            return None
-    except (DvcException, KeyError, OSError):
+    except (DvcException, KeyError, OSError, ValueError):  # a dependency that is not there, a cache without an entry
         return None
-    return list(cached["outs"])
+    return list(entry["outs"])
 
 
 def repro(stage: str, force: bool = False) -> list[str]:

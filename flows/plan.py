@@ -250,11 +250,13 @@ def together(
     """The plan of the stages `todo`, from what DVC knows and what the estimate says."""
     rows = []
     for stage in todo:
-        expected = (answer.get("stages") or {}).get(stage) or {"seconds": None, "cpu": None, "by": "not known"}
+        expected = (answer.get("stages") or {}).get(stage) or {"seconds": None, "by": "no estimate"}
         if stage in restored:
             rows.append(Row(stage, f"{why[stage]}; DVC has its result", RESTORING, RESTORING, "cache"))
         elif stage.partition("@")[0] in elsewhere:
             rows.append(Row(stage, why[stage], None, None, "a GPU worker"))
+        elif expected["seconds"] is None:
+            rows.append(Row(stage, f"{why[stage]} ({expected['by']})", None, None, "not known"))
         else:
             rows.append(Row(stage, why[stage], expected["seconds"], expected["cpu"], expected["by"]))
     machine = f"{answer['cores']} cores of {answer['cpu'] or 'this machine'}" if "cores" in answer else ""
@@ -324,4 +326,6 @@ def ahead(folder: Path, more: Sequence[str], width: int | None) -> str:
 
 
 def _hours(hours: float) -> str:
-    return "" if hours == 0 else f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 0.1 else f"{hours:.3f}"
+    if hours == 0:
+        return ""
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 0.1 else f"{hours:.3f}" if hours >= 1e-3 else "<0.001"

@@ -63,7 +63,7 @@ class Rates:
         name = f"{kind.name} {kind.spec}"
         if name not in self.kept:
             if not self.probing:
-                raise PlanError("not measured here yet")
+                raise PlanError("a kind of its work was never probed here")
             began = time.monotonic()
             self.kept[name] = list(self.prober.rate(kind))
             self.seconds += time.monotonic() - began
@@ -130,7 +130,7 @@ def estimated(name: str, work: Work | UserError, runs: Sequence[Run], rates: Rat
     if isinstance(work, UserError):
         own = [run for run in runs if run.name == name][:LATEST]
         if not own:
-            return Estimate(None, None, f"not known: {work}")
+            return Estimate(None, None, str(work).removesuffix("."))
         return _after(own, 1.0, 1.0, "an earlier run")
     same = [run for run in runs if run.stage == stage and equal(run.work, work)]
     if same:

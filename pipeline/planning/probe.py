@@ -118,7 +118,7 @@ class Prober:
         work(items[0])
         timer, done = Timer(), 0
         with ThreadPoolExecutor(self.workers) as threads:
-            while time.perf_counter() - timer.wall < SECONDS / 2:
+            while not done or time.perf_counter() - timer.wall < SECONDS / 2:
                 parts = [items[i :: self.workers] for i in range(self.workers)]
                 list(threads.map(lambda part: [work(item) for item in part], parts))
                 done += len(items)

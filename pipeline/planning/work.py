@@ -39,13 +39,13 @@ TORCH = ("pretrain", "teach", "ensemble", "score", "label", "distil", "self_dist
 """The stages that import torch, which takes seconds."""
 
 ASSUMED = {
-    "dedup": 1.5,  # seconds, whatever there is to decide
+    "dedup": 2.5,  # seconds, whatever there is to decide
     "export": 9.0,  # two exporters, onnxruntime, the example
-    "compare": 2.5,  # plots and the page
-    "compared": 0.15,  # seconds an entry
+    "compare": 0.5,  # plots and the page
+    "compared": 0.05,  # seconds an entry
     "rows": 2e-6,  # seconds a row of a table that is read, ranked and written
-    "described": 3e-3,  # seconds an image of the gallery
-    "macs": 0.4,  # seconds to count the multiply-accumulates of a network
+    "described": 3.5e-3,  # seconds an image of the gallery
+    "macs": 1.2,  # to count the multiply-accumulates of a network: imports, most of it
 }
 """Seconds of one core that are not probed, measured on 2 cores of a shared AMD EPYC."""
 
@@ -243,7 +243,7 @@ def votes(entries: float) -> float:
 
 def _dedup(facts: Facts) -> Parts:
     tables = sum(facts.rows[name] for name in ("train", "holdout", "val", "pool"))
-    shown = 1.5 * facts.rows["found"]  # images: a pool image may have several findings, a val image, too
+    shown = facts.rows["leaks_out"]  # findings: about as many as images in them
     return [_assumed("dedup"), _assumed("rows", tables), _assumed("described", shown), (kind("decode", side=0), shown)]
 
 
@@ -265,7 +265,7 @@ def _trained(facts: Facts, net: Net, loss: str, images: int, canvas: int, whole:
         (step, training.steps),
         (kind("decode", side=net.input.side, whole=False), held_out),
         (_forward(net, facts), min(CHECKS, training.steps) * held_out),
-        _assumed("macs", 2),
+        _assumed("macs", 0.5),
     ]
 
 
@@ -393,7 +393,7 @@ def _evaluate(facts: Facts) -> Parts:
     answers = _forward(net, facts, p.size, "float32")
     exits = p.model.startswith("self_distil/") and p.exit in (None, "early")
     passes = (2 if p.mirror else 1) + (1 if exits else 0)
-    parts = [(kind("decode", side=side, whole=False), images), (answers, passes * images), _assumed("macs", 6 if exits else 1)]
+    parts = [(kind("decode", side=side, whole=False), images), (answers, passes * images), _assumed("macs", 3 if exits else 1)]
     if p.corruptions:
         worse = images * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
         parts += [(kind("corrupt", side=side), worse), (answers, worse * (2 if p.mirror else 1))]

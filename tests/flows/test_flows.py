@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,8 +209,8 @@ def test_what_may_be_tried_again(code: int, lines: list[str], again: bool) -> No
 def test_the_plan_says_what_would_run_and_what_dvc_has(project: Path) -> None:
     sh(project, "dvc", "repro", "-q")
     (project / "params.yaml").write_text(PARAMS.replace("by: 2", "by: 5"))
-    for output in ("data/use/a/it", "data/made"):
-        (project / output).unlink()
+    shutil.rmtree(project / "data/use/a")
+    (project / "data/made").unlink()
     made = plan.of_folder(project, [], False, [])
     assert [(row.stage, row.why, row.seconds, row.by) for row in made.rows] == [
         ("make", "its output is not there; DVC has its result", 1.0, "cache"),

@@ -59,5 +59,5 @@ def test_other_work_is_no_earlier_run() -> None:
 def test_what_nobody_can_tell_is_said() -> None:
     assert estimated("distil@ssld", {OTHER: 1.0}, [], Known()) == Estimate(None, None, "not measured here yet")
     why = PlanError("its work is not described.")
-    assert estimated("union@both", why, [], Known()) == Estimate(None, None, "not known: its work is not described.")
+    assert estimated("union@both", why, [], Known()) == Estimate(None, None, "its work is not described")
     assert estimated("union@both", why, [run({}, 9, "union@both")], Known()).seconds == START + 9
