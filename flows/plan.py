@@ -76,6 +76,8 @@ class Plan:
         parts = [f"{len(runs)} to run, {len(self.rows) - len(runs)} from DVC's cache, {up_to_date}."]
         if known:
             parts.append(f"About {clock(seconds)} on {self.machine or 'this machine'}, {cpu / 60:,.1f} core-minutes.")
+        if self.probed >= 1:
+            parts.append(f"Probes took {self.probed:.0f} s; they are kept.")
         if unknown:
             parts.append(f"Not counted, as nobody knows how long they take: {', '.join(r.stage for r in unknown)}.")
         return " ".join(parts)

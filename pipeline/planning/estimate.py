@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,13 @@ class Rates:
             if not self.probing:
                 raise PlanError("a kind of its work was never probed here")
             began = time.monotonic()
-            self.kept[name] = list(self.prober.rate(kind))
+            try:
+                rate = self.prober.rate(kind)
+            except (RuntimeError, MemoryError) as error:  # torch's, of a GPU without enough memory
+                raise PlanError(f"its probe failed: {error}") from error
+            self.kept[name] = list(rate)
             self.seconds += time.monotonic() - began
+            sys.stderr.write(f"probe: {kind.told()}: {_small(rate.wall)}, {_small(rate.cpu)} of CPU time\n")
         return Rate(*self.kept[name])
 
     def sum(self, work: Work) -> Rate:
@@ -91,6 +97,11 @@ class Rates:
         known = known if isinstance(known, dict) else {}
         with artifact.writing_file(self.file) as tmp:
             tmp.write_text(json.dumps({**known, self.machine: self.kept}, indent=1) + "\n")
+
+
+def _small(seconds: float) -> str:
+    unit, factor = next(((u, f) for u, f in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * f >= 1), ("ns", 1e9))
+    return f"{seconds * factor:.3g} {unit}"
 
 
 def works_of(recipe: Recipe, stages: Iterable[str], images: Counts) -> dict[str, Work | UserError]:
@@ -141,8 +152,8 @@ def estimated(name: str, work: Work | UserError, runs: Sequence[Run], rates: Rat
         if alike:
             then = rates.sum(alike[0].work)
             return _after(alike[:1], now.wall / then.wall, now.cpu / then.cpu, "an earlier run, scaled")
-    except PlanError as error:
-        return Estimate(None, None, str(error))
+    except UserError as error:
+        return Estimate(None, None, str(error).removesuffix("."))
     return Estimate(START + now.wall, START + now.cpu, "probe")
 
 

@@ -61,11 +61,40 @@ class Kind(NamedTuple):
         found: dict[str, Any] = json.loads(self.spec)
         return found
 
+    def told(self) -> str:
+        """One unit in words."""
+        d = self.details
+        net = d.get("net") or {}
+        if self.name == "step":
+            return f"a step of {net['arch']} with {d['batch']} images of {net['size']} px, learning from {LEARNED[d['loss']]}"
+        if self.name == "forward":
+            of = f"{net['arch']}, {net['size']} px" if net else f"an ensemble of {len(d['parts'])}"
+            return f"an image through {of}{', in float32' if d['precision'] == 'float32' else ''}"
+        if self.name == "start":
+            return (
+                f"the start of Python{' with torch' if d['torch'] else ''}{' and what optimisers import' if d['trains'] else ''}"
+            )
+        if self.name == "decode":
+            return f"an image decoded{' and brought to {} px'.format(d['side']) if d['side'] else ''}"
+        return UNITS[self.name].format(**d)
+
 
 def kind(name: str, **spec: Any) -> Kind:
     return Kind(name, json.dumps(spec, sort_keys=True))
 
 
+LEARNED = {"labels": "labels", "soft": "soft labels", "exits": "labels at each exit", "contrast": "two views"}
+UNITS = {
+    "draw": "a scene drawn",
+    "header": "the header of an image",
+    "pack": "an image packed at {side} px",
+    "corrupt": "an image of {side} px made worse",
+    "view": "a view of {size} px cut",
+    "sift": "the features of an image",
+    "index": "a feature entered into an index",
+    "vote": "an image searched and compared, by its part that does not grow with the index",
+    "alike": "two thumbnails compared",
+}
 Work = dict[Kind, float]
 """Units of each kind: images, steps, processes."""
 
