@@ -1,9 +1,9 @@
 """How good are the times of `make plan`? What probes alone say of the stages that this folder has run, beside what they took.
 
-    make run && python -m benchmarks.plan --out docs/accuracy.md
+    make plan && make run && python -m benchmarks.plan
 
-Each stage counts with its latest run that `.scratch/durations.jsonl` remembers for this machine and section `machine`. Probes are
-made anew, in the conditions of now: on a machine that other work shares, compare the CPU seconds.
+Each stage counts with its latest run that `.scratch/durations.jsonl` remembers for this machine and section `machine`. The probes are
+those that the plan has kept; what it did not need is probed now. On a machine that other work shares, compare the CPU seconds.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
         runs.setdefault(run.name, run)  # the latest first
     if not runs:
         raise SystemExit(f"{WORK / FILE} remembers no run on this machine with this section `machine`. Run `make run` first.")
-    text = table(runs, Rates(recipe, WORK, probing=True, fresh=True))
+    text = table(runs, Rates(recipe, WORK, probing=True))
     print(text)
     if args.out:
         args.out.write_text(text)

@@ -71,9 +71,7 @@ class Kind(NamedTuple):
             of = f"{net['arch']}, {net['size']} px" if net else f"an ensemble of {len(d['parts'])}"
             return f"an image through {of}{', in float32' if d['precision'] == 'float32' else ''}"
         if self.name == "start":
-            return (
-                f"the start of Python{' with torch' if d['torch'] else ''}{' and what optimisers import' if d['trains'] else ''}"
-            )
+            return f"the start of Python{' with torch' * d['torch']}{', and what optimisers import' * d['trains']}"
         if self.name == "decode":
             return f"an image decoded{' and brought to {} px'.format(d['side']) if d['side'] else ''}"
         return UNITS[self.name].format(**d)

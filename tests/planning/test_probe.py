@@ -33,6 +33,7 @@ def of(folder: Path, **changes: Any) -> Recipe:
     return Recipe.read(file)
 
 
+@pytest.mark.whole
 def test_each_kind_of_work_takes_some_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(probe, "SECONDS", 0.0)
