@@ -2,8 +2,8 @@
 
     make plan && make run && python -m benchmarks.plan
 
-Each stage counts with its latest run that `.scratch/durations.jsonl` remembers for this machine and section `machine`. The probes are
-those that the plan has kept; what it did not need is probed now. On a machine that other work shares, compare the CPU seconds.
+Each stage counts with its latest run that `.scratch/durations.jsonl` remembers for this machine and section `machine`. The probes
+are those that the plan has kept; what it did not need is probed now. On a machine that others share, compare the CPU seconds.
 """
 
 import argparse

@@ -107,7 +107,7 @@ async def nothing(*_: Any) -> None: ...
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=500):
         yield
 
 
