@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.planning.work import Recipe
+from pipeline.planning.work import HOLD_TRAIN, Recipe
 from pipeline.scenes.categories import CLASSES
 from pipeline.scenes.dataset import Draw
 from pipeline.sources.parquet import Parquet
@@ -120,7 +120,7 @@ def counted(recipe: Recipe, sources: Given | None) -> Counts:
         pack = recipe.tree["pack"][entry]
         chosen = images.get(pack.get("images"))
         if chosen is not None:
-            added = pack.get("labelled", True) and pack["images"] != "dedup/train"
+            added = pack.get("labelled", True) and pack["images"] not in HOLD_TRAIN
             images[f"pack/{entry}"] = chosen + (images["dedup/train"] if added else 0)
     for stage in ("pretrain", "label", "distil", "self_distil"):  # images of a folder that no stage makes
         for entry in recipe.entries(stage):

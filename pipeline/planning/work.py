@@ -200,6 +200,9 @@ def work_of(recipe: Recipe, stage: str, section: Section, rows: Mapping[str, int
     return work
 
 
+HOLD_TRAIN = ("dedup/train", "prepare/train")
+
+
 class Facts(NamedTuple):
     """What the work of a stage is counted from."""
 
@@ -214,9 +217,8 @@ class Facts(NamedTuple):
 
     def seen(self, labelled: bool, name: str) -> int:
         """Images that are learned on: those of the manifest `name`, and the labelled ones where they are not among them."""
-        stage, _, entry = name.partition("/")
-        packed = (self.recipe.tree.get("pack") or {}).get(entry, {}) if stage == "pack" else None
-        there = entry == "train" if packed is None else packed.get("labelled", True) or packed.get("images") == "dedup/train"
+        packed = (self.recipe.tree.get("pack") or {}).get(name.removeprefix("pack/"), {}) if name.startswith("pack/") else {}
+        there = name in HOLD_TRAIN or (bool(packed) and (packed.get("labelled", True) or packed.get("images") in HOLD_TRAIN))
         return self.rows["chosen"] + (self.rows["train"] if labelled and not there else 0)
 
 
