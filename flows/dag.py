@@ -123,8 +123,9 @@ def only_outputs_missing(changes: Any) -> bool:
     )
 
 
-def restorable(folder: Path, order: Sequence[str], stale: Sequence[str]) -> set[str]:
-    """Those of the `stale` stages whose result DVC has in its cache, so that it would restore them and not run them.
+def restorable(folder: Path, order: Sequence[str], stale: Sequence[str]) -> dict[str, bool]:
+    """Those of the `stale` stages whose result DVC has, so that it would restore them and not run them; True where that result is
+    the one that dvc.lock names.
 
     `order`: these and all that they need, in order. A stage that needs one which will run is not among them: its inputs are not
     known yet.
@@ -132,15 +133,15 @@ def restorable(folder: Path, order: Sequence[str], stale: Sequence[str]) -> set[
     from dvc.repo import Repo
 
     lock = locked(folder)
-    found: set[str] = set()
+    found: dict[str, bool] = {}
     with Repo(str(folder)) as repo:
         stages = {stage.addressing: stage for stage in repo.index.stages}
         maker = {out.def_path: name for name, stage in stages.items() for out in stage.outs}
         known = {out["path"]: out for name in order if name not in stale for out in lock.get(name, {}).get("outs") or []}
         for name in (name for name in order if name in stale):
-            for out in _result(stages[name], lock.get(name), known, maker, repo) or []:
-                known[out["path"]] = out
-                found.add(name)
+            if outs := _result(stages[name], lock.get(name), known, maker, repo):
+                known |= {out["path"]: out for out in outs}
+                found[name] = outs == lock.get(name, {}).get("outs")
     return found
 
 

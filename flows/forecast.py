@@ -26,9 +26,8 @@ async def show(
     """
     if not todo:
         return {}
-    why = await asyncio.to_thread(plan.reasons, where.folder, graph, todo, changes, where.force)
-    restored = set() if where.force else await asyncio.to_thread(dag.restorable, where.folder, wanted, todo)
-    asked = [s for s in todo if s not in restored and s.partition("@")[0] not in elsewhere]
+    found = await asyncio.to_thread(plan.looked, where.folder, graph, wanted, changes, where.force)
+    asked = [s for s in found.runs if s.partition("@")[0] not in elsewhere]
     answer: dict[str, Any] = {}
     if asked:
         ended = await child.run(plan.estimating(asked), cwd=where.folder, env={**dag.environment(), **where.env})
@@ -36,7 +35,7 @@ async def show(
             get_run_logger().warning("nobody knows how long the stages take: %s", ended.lines[-1] if ended.lines else ended.code)
         else:
             answer = json.loads(ended.lines[-1])
-    made = plan.together(todo, why, restored, len(wanted) - len(todo), answer, sorted(elsewhere))
+    made = plan.together(found, answer, elsewhere)
     await acreate_markdown_artifact(
         made.markdown(), key=artifact_key("plan"), description="What this run does, why, and for how long"
     )

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,40 @@ def clock(seconds: float) -> str:
 # Why ------------------------------------------------------------------------------------------------------------------
 
 
-def reasons(folder: Path, graph: dag.Dag, todo: Sequence[str], changes: Mapping[str, Any], force: bool = False) -> dict[str, str]:
-    """Why each stage of `todo` would run, in words. `changes`: what `dag.stale` says."""
+@dataclass(frozen=True)
+class Looked:
+    """What DVC says of a run: the stages that it would touch, why, those of them that it would take from its cache, and how many
+    it would leave alone."""
+
+    todo: Sequence[str]
+    why: Mapping[str, str]
+    restored: Set[str]
+    current: int
+
+    @property
+    def runs(self) -> list[str]:
+        return [stage for stage in self.todo if stage not in self.restored]
+
+
+def looked(folder: Path, graph: dag.Dag, wanted: Sequence[str], changes: Mapping[str, Any], force: bool) -> Looked:
+    """What a run of the stages `wanted` would touch. `changes`: what `dag.stale` says of them."""
+    stale = [stage for stage in wanted if force or stage in graph.affected(changes)]
+    known = dag.restorable(folder, wanted, stale) if stale and not force else {}
+    # Where all above is restored as it was, a stage whose outputs are in place is up to date.
+    untouched = {stage for stage, as_locked in known.items() if as_locked and not _outs(changes.get(stage, []))}
+    todo = [stage for stage in stale if stage not in untouched]
+    runs = [stage for stage in todo if stage not in known]
+    return Looked(todo, reasons(folder, graph, todo, runs, changes, force), known.keys() & set(todo), len(wanted) - len(todo))
+
+
+def _outs(of_stage: Sequence[Any]) -> bool:
+    return any(isinstance(change, Mapping) and "changed outs" in change for change in of_stage)
+
+
+def reasons(
+    folder: Path, graph: dag.Dag, todo: Sequence[str], runs: Sequence[str], changes: Mapping[str, Any], force: bool = False
+) -> dict[str, str]:
+    """Why DVC would touch each stage of `todo`, in words. `runs`: those that it would run."""
     lock = dag.locked(folder)
     tree = yaml.safe_load((folder / "params.yaml").read_text())
     code = _code(folder)
@@ -130,7 +162,7 @@ def reasons(folder: Path, graph: dag.Dag, todo: Sequence[str], changes: Mapping[
         if entry is None:
             told[stage] = "has not run here yet"
             continue
-        above = [name for name in graph.needs[stage] if name in todo]
+        above = [name for name in graph.needs[stage] if name in runs]
         causes = [*_causes(changes.get(stage, []), entry, tree, code.get(stage.replace("@", "."), {}), folder, made(lock))]
         if above and not any(cause for cause in causes if "output" not in cause):
             causes = [f"needs {_some(sorted(above, key=list(graph.needs).index))}, made anew", *causes]
@@ -241,19 +273,13 @@ def estimating(stages: Sequence[str], *more: str) -> list[str]:
     return [sys.executable, "-m", "pipeline", "estimate", *stages, *more]
 
 
-def together(
-    todo: Sequence[str],
-    why: Mapping[str, str],
-    restored: set[str],
-    current: int,
-    answer: Mapping[str, Any],
-    elsewhere: Sequence[str] = (),
-) -> Plan:
-    """The plan of the stages `todo`, from what DVC knows and what the estimate says."""
+def together(found: Looked, answer: Mapping[str, Any], elsewhere: Set[str] = frozenset()) -> Plan:
+    """The plan, from what DVC knows and what the estimate says. `elsewhere`: stages that another machine does."""
+    why = found.why
     rows = []
-    for stage in todo:
+    for stage in found.todo:
         expected = (answer.get("stages") or {}).get(stage) or {"seconds": None, "by": "no estimate"}
-        if stage in restored:
+        if stage in found.restored:
             rows.append(Row(stage, f"{why[stage]}; DVC has its result", RESTORING, RESTORING, "cache"))
         elif stage.partition("@")[0] in elsewhere:
             rows.append(Row(stage, why[stage], None, None, "a GPU worker"))
@@ -262,7 +288,7 @@ def together(
         else:
             rows.append(Row(stage, why[stage], expected["seconds"], expected["cpu"], expected["by"]))
     machine = f"{answer['cores']} cores of {answer['cpu'] or 'this machine'}" if "cores" in answer else ""
-    return Plan(rows, current, machine, float(answer.get("probed", 0.0)))
+    return Plan(rows, found.current, machine, float(answer.get("probed", 0.0)))
 
 
 def left(planned: Mapping[str, float], done: Mapping[str, float], at_once: int = 1) -> str:
@@ -281,18 +307,12 @@ def of_folder(folder: Path, targets: Sequence[str], force: bool, more: Sequence[
     """What a run in `folder` would do now. `more`: options of `python -m pipeline estimate`. Raises DVCError."""
     graph = dag.read(folder)
     wanted = graph.upstream(targets)
-    changes = dag.stale(folder, wanted)
-    todo = [stage for stage in wanted if force or stage in graph.affected(changes)]
-    if not todo:
-        return Plan([], len(wanted))
-    why = reasons(folder, graph, todo, changes, force)
-    restored = set() if force else dag.restorable(folder, wanted, todo)
-    asked = [stage for stage in todo if stage not in restored]
+    found = looked(folder, graph, wanted, dag.stale(folder, wanted), force)
     answer: dict[str, Any] = {}
-    if asked:
-        done = subprocess.run(estimating(asked, *more), cwd=folder, env=dag.environment(), stdout=subprocess.PIPE, text=True)
+    if found.runs:
+        done = subprocess.run(estimating(found.runs, *more), cwd=folder, env=dag.environment(), stdout=subprocess.PIPE, text=True)
         answer = json.loads(done.stdout.splitlines()[-1]) if not done.returncode else {}
-    return together(todo, why, restored, len(wanted) - len(todo), answer)
+    return together(found, answer)
 
 
 # Data that are not there ----------------------------------------------------------------------------------------------

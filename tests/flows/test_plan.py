@@ -47,7 +47,8 @@ def folder(tmp_path: Path) -> Path:
 
 def why(folder: Path, **changes: Any) -> dict[str, str]:
     changed = {name.replace("_", "@"): [what] for name, what in changes.items()}
-    return plan.reasons(folder, GRAPH, GRAPH.affected(changed), changed)
+    stale = GRAPH.affected(changed)
+    return plan.reasons(folder, GRAPH, stale, stale, changed)
 
 
 def test_each_stage_has_its_reason(folder: Path) -> None:
