@@ -39,12 +39,13 @@ TORCH = ("pretrain", "teach", "ensemble", "score", "label", "distil", "self_dist
 """The stages that import torch, which takes seconds."""
 
 ASSUMED = {
-    "dedup": 2.5,  # seconds, whatever there is to decide
+    "dedup": 3.7,  # seconds, whatever there is to decide
     "export": 9.0,  # two exporters, onnxruntime, the example
     "compare": 0.5,  # plots and the page
     "compared": 0.05,  # seconds an entry
     "rows": 2e-6,  # seconds a row of a table that is read, ranked and written
-    "described": 3.5e-3,  # seconds an image of the gallery
+    "described": 0.8e-3,  # seconds an image of the gallery
+    "answers": 1.6,  # a network is read, and its first batch
     "macs": 1.2,  # to count the multiply-accumulates of a network: imports, most of it
 }
 """Seconds of one core that are not probed, measured on 2 cores of a shared AMD EPYC."""
@@ -244,7 +245,7 @@ def _processes(facts: Facts) -> tuple[Kind, float]:
 def _prepare(facts: Facts) -> Parts:
     images = sum(facts.rows[f"{name}_out"] for name in ("train", "holdout", "val", "pool"))
     header = getattr(facts.params, "check", "decode") == "header"
-    return [(kind("header") if header else kind("decode", side=0), images), _assumed("rows", 5 * images)]
+    return [(kind("header") if header else kind("decode", side=0), images), _assumed("rows", 12 * images)]
 
 
 def _search(facts: Facts) -> Parts:
@@ -379,14 +380,14 @@ def _self_distil(facts: Facts) -> Parts:
 
 
 def _ensemble(facts: Facts) -> Parts:
-    return [_assumed("macs")]
+    return []
 
 
 def _score(facts: Facts) -> Parts:
     net = facts.recipe.net(getattr(facts.params, "teacher"))  # noqa: B009 - a field of Score
     images = facts.rows["pool"]
     decoding = (kind("decode", side=net.input.side, whole=False), images)
-    return [decoding, (_forward(net, facts), images), _assumed("macs"), _assumed("rows", 2 * images)]
+    return [decoding, (_forward(net, facts), images), _assumed("answers"), _assumed("macs"), _assumed("rows", 2 * images)]
 
 
 def _select(facts: Facts) -> Parts:
@@ -408,6 +409,7 @@ def _label(facts: Facts) -> Parts:
         (kind("decode", side=canvas, whole=p.view.whole), images),
         (kind("view", view=p.view.model_dump(mode="json"), size=net.input.size, canvas=canvas), images * p.views),
         (_forward(net, facts), images * p.views),
+        _assumed("answers"),
         _assumed("macs"),
         _assumed("rows", 2 * images * p.views),
     ]
@@ -422,7 +424,12 @@ def _evaluate(facts: Facts) -> Parts:
     answers = _forward(net, facts, p.size, "float32")
     exits = p.model.startswith("self_distil/") and p.exit in (None, "early")
     passes = (2 if p.mirror else 1) + (1 if exits else 0)
-    parts = [(kind("decode", side=side, whole=False), images), (answers, passes * images), _assumed("macs", 3 if exits else 1)]
+    parts = [
+        (kind("decode", side=side, whole=False), images),
+        (answers, passes * images),
+        _assumed("answers"),
+        _assumed("macs", 3 if exits else 1),
+    ]
     if p.corruptions:
         worse = images * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
         parts += [(kind("corrupt", side=side), worse), (answers, worse * (2 if p.mirror else 1))]
