@@ -252,8 +252,9 @@ def _search(facts: Facts) -> Parts:
     assert isinstance(facts.params, Search)
     pool = facts.rows["pool"]
     reference = facts.rows["val"] + facts.rows["holdout"] + (facts.rows["train"] if facts.params.train else 0)
+    start, own = _processes(facts)
     parts = [
-        _processes(facts),
+        (start, 3 * own),  # to describe the reference, to search the pool, to search the reference
         (kind("decode", side=0), pool + reference),
         (kind("sift"), pool + reference),
         (kind("index"), ENTRIES * reference),
