@@ -147,8 +147,9 @@ class Recipe:
         """The typed params of a stage; `value` in the place of what the file says. Raises ParamsError."""
         kind_of: type[Section] = get_type_hints(importlib.import_module(f"pipeline.stages.{stage}").run)["params"]
         keys = tuple(filter(None, (stage, entry)))
-        if value is not None:
-            return kind_of.model_validate(value)
+        if value is not None:  # as a record has it: by the names of the fields, one of which is no word of Python
+            aliases = {name: field.alias or name for name, field in kind_of.model_fields.items()}
+            return kind_of.model_validate({aliases.get(name, name): of_field for name, of_field in value.items()})
         said = self.tree.get(stage) if entry is None else (self.tree.get(stage) or {}).get(entry)
         found, wrong = params.resolve(self.tree, kind_of, keys, said)
         if found is None:

@@ -100,3 +100,13 @@ def test_a_stage_of_ones_own_has_no_described_work(tmp_path: Path, monkeypatch: 
     of = recipe(tmp_path)
     (why,) = works_of(of, ["union@both"], counts.counted(of, Given(60, 40, 109, 10))).values()
     assert not isinstance(why, dict)
+
+
+def test_what_a_run_has_recorded_reads_as_its_params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record holds params by the names of their fields: `lambda_`, where the file says `lambda`."""
+    monkeypatch.chdir(tmp_path)
+    of = recipe(tmp_path)
+    for name in of.stages():
+        stage, _, entry = name.partition("@")
+        section = of.section(stage, entry or None)
+        assert of.section(stage, entry or None, section.model_dump(mode="json")) == section, name
