@@ -28,7 +28,9 @@ def main() -> None:
         runs.setdefault(run.name, run)  # the latest first
     if not runs:
         raise SystemExit(f"{WORK / FILE} remembers no run on this machine with this section `machine`. Run `make run` first.")
-    text = table(runs, Rates(recipe, WORK, probing=True))
+    rates = Rates(recipe, WORK, probing=True)
+    text = table(runs, rates)
+    rates.keep()
     print(text)
     if args.out:
         args.out.write_text(text)
