@@ -52,8 +52,9 @@ def rows_of(paths: Mapping[str, Path]) -> dict[str, int]:
     rows = {}
     for name, path in paths.items():
         tables = sorted(path.glob("*.parquet")) if path.is_dir() else []
-        if tables:
-            rows[name] = int(pq.read_metadata(tables[0]).num_rows)
+        with contextlib.suppress(OSError, ValueError):  # Arrow's, of a damaged file, are ValueErrors
+            if tables:
+                rows[name] = int(pq.read_metadata(tables[0]).num_rows)
     return rows
 
 

@@ -32,7 +32,9 @@ def test_rows_are_those_of_the_tables_that_a_stage_reads_and_writes(tmp_path: Pa
     (tmp_path / "pool").mkdir()
     pq.write_table(pa.table({"id": [1, 2, 3]}), tmp_path / "pool" / "manifest.parquet")
     (tmp_path / "model").mkdir()
-    paths = {"pool": tmp_path / "pool", "model": tmp_path / "model", "out": tmp_path / "not-there"}
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "manifest.parquet").write_text("no table")
+    paths = {name: tmp_path / name for name in ("pool", "model", "damaged", "not-there")}
     assert durations.rows_of(paths) == {"pool": 3}
 
 
