@@ -9,7 +9,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: run test check lint deps docs lock clean help
+.PHONY: run plan test check lint deps docs lock clean help
 
 help:  ## show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,9 +25,14 @@ $(STAMP): requirements.lock pyproject.toml
 
 run: $(STAMP)  ## the whole job of params.yaml: by default on scenes that winnow draws
 	@python -m pipeline check
-	dvc repro
+	-@python -m flows plan --save .scratch/plan.json
+	WINNOW_PLAN=.scratch/plan.json dvc repro
 	@python -m pipeline.tracking flush
 	@python -m pipeline.stages.compare --show data/compare/results
+
+plan: $(STAMP)  ## what `make run` would do now, why, and for how long; ARGS="--images 14_000_000 --val 50_000 --params FILE" before there are data
+	@python -m pipeline check
+	@python -m flows plan $(ARGS)
 
 test: $(STAMP) lint  ## check, and all other tests: the whole DAG on tiny images, Prefect, kills (two processes)
 	python -m pytest -n 2

@@ -123,6 +123,58 @@ def only_outputs_missing(changes: Any) -> bool:
     )
 
 
+def restorable(folder: Path, order: Sequence[str], stale: Sequence[str]) -> dict[str, bool]:
+    """Those of the `stale` stages whose result DVC has, so that it would restore them and not run them; True where that result is
+    the one that dvc.lock names.
+
+    `order`: these and all that they need, in order. A stage that needs one which will run is not among them: its inputs are not
+    known yet.
+    """
+    from dvc.repo import Repo
+
+    lock = locked(folder)
+    found: dict[str, bool] = {}
+    with Repo(str(folder)) as repo:
+        stages = {stage.addressing: stage for stage in repo.index.stages}
+        maker = {out.def_path: name for name, stage in stages.items() for out in stage.outs}
+        known = {out["path"]: out for name in order if name not in stale for out in lock.get(name, {}).get("outs") or []}
+        for name in (name for name in order if name in stale):
+            if outs := _result(stages[name], lock.get(name), known, maker, repo):
+                known |= {out["path"]: out for out in outs}
+                found[name] = outs == lock.get(name, {}).get("outs")
+    return found
+
+
+def _result(stage: Any, entry: Any, known: Mapping[str, Any], maker: Mapping[str, str], repo: Any) -> list[Any] | None:
+    """The outputs that DVC would give a stage without running it; None if it would run it. `known`: the outputs above it."""
+    from dvc.exceptions import DvcException
+    from dvc.stage.cache import _get_cache_hash
+    from dvc.stage.serialize import to_single_stage_lockfile
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    recorded = {dep["path"]: dep for dep in (entry or {}).get("deps") or []}
+    try:
+        for dep in stage.deps:
+            inside = [path for path in maker if path.startswith(f"{dep.def_path}/")]
+            if dep.def_path in maker or inside:
+                if any(path not in known for path in ([dep.def_path] if dep.def_path in maker else inside)):
+                    return None
+                # A folder of several outputs: where all of them are known it is taken to be the one that was recorded.
+                same = known[dep.def_path] if dep.def_path in maker else recorded[dep.def_path]
+                dep.hash_info = HashInfo("md5", same["md5"])
+            else:
+                dep.save()
+        key = _get_cache_hash(to_single_stage_lockfile(stage), key=True)
+        if entry is None or _get_cache_hash(dict(entry), key=True) != key:
+            folder = Path(repo.stage_cache._get_cache_dir(key))
+            entry = repo.stage_cache._load_cache(key, max(folder.iterdir(), key=lambda file: file.stat().st_mtime).name)
+        if not entry or not repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached():
+            return None
+    except (DvcException, KeyError, OSError, ValueError):  # a dependency that is not there, a cache without an entry
+        return None
+    return list(entry["outs"])
+
+
 def repro(stage: str, force: bool = False) -> list[str]:
     """The command that brings one stage up to date and no other."""
     return command("repro", "--single-item", *(["--force"] if force else []), stage)
@@ -150,6 +202,11 @@ def override(folder: Path, changes: Sequence[str]) -> None:
         apply_overrides(folder / "params.yaml", list(changes))
     except DvcException as error:
         raise DVCError(f"params: {', '.join(changes)}: {error.__cause__ or error}") from error
+
+
+def locked(folder: Path) -> dict[str, Any]:
+    """What dvc.lock says about each stage that has run."""
+    return dict(_lock(folder)["stages"])
 
 
 def lock_entry(folder: Path, stage: str) -> dict[str, Any]:

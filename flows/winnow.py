@@ -16,7 +16,7 @@ from prefect import flow, get_client, get_run_logger, runtime
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, State
 
-from flows import child, dag, tracking, worktree
+from flows import child, dag, forecast, plan, tracking, worktree
 from flows.attempt import Where
 from flows.order import in_order
 from flows.tasks import limited, run_stage, run_stage_elsewhere, up_to_date
@@ -66,17 +66,25 @@ async def winnow(
     await check(folder)
     env = {"WINNOW_TAGS": json.dumps(tracking.tags()), "MLFLOW_TRACKING_URI": tracking.uri(workspace)}
     graph = await asyncio.to_thread(dag.read, folder)
-    plan = graph.upstream(targets or [])
-    changes = await asyncio.to_thread(dag.stale, folder, plan)
+    wanted = graph.upstream(targets or [])
+    changes = await asyncio.to_thread(dag.stale, folder, wanted)
     if folder != workspace:
         await asyncio.to_thread(worktree.link_sources, workspace, folder, dag.missing_sources(folder, changes))
     where = Where(folder, workspace, force, env, share=await asyncio.to_thread(dag.has_remote, folder))
-    todo = [s for s in plan if force or s in graph.affected(changes)]
-    log.info("%d of %d stages are up to date, to do: %s", len(plan) - len(todo), len(plan), ", ".join(todo) or "nothing")
-    await asyncio.gather(*(up_to_date.with_options(name=s, task_run_name=s)(s) for s in plan if s not in todo))
+    todo = [s for s in wanted if force or s in graph.affected(changes)]
+    log.info("%d of %d stages are up to date, to do: %s", len(wanted) - len(todo), len(wanted), ", ".join(todo) or "nothing")
+    await asyncio.gather(*(up_to_date.with_options(name=s, task_run_name=s)(s) for s in wanted if s not in todo))
     deployment, theirs = await gpu_deployment() if elsewhere else (None, frozenset[str]())
+    planned, ended = await forecast.show(where, graph, wanted, todo, changes, theirs), dict[str, float]()
 
     async def start(s: str) -> None:
+        began = time.monotonic()
+        await run(s)
+        ended[s] = time.monotonic() - began
+        if planned:
+            log.info("%s: %s", s, plan.left(planned, ended, at_once))
+
+    async def run(s: str) -> None:
         if s.partition("@")[0] in theirs:
             limits = {"hours": hours, "retries": retries}
             above = [n for n in graph.upstream([s]) if n != s]
@@ -90,18 +98,20 @@ async def winnow(
     log.info("%d stages in %s", len(todo), timedelta(seconds=round(time.monotonic() - began)))
     await tracking.flush(where)
     affected = graph.affected(failed)
-    await tracking.report(where, [s for s in plan if s not in affected])
+    await tracking.report(where, [s for s in wanted if s not in affected])
     if failed:
         held = [s for s in todo if s in affected and s not in failed]
         why = "; ".join(f"{s}: {error}" for s, error in failed.items())
         raise NotAllDone(why + (f". Not run: {', '.join(held)}" if held else ""))
     if folder != workspace:
         name = re.sub(r"[^A-Za-z0-9]+", "-", " ".join(set_params or []))[:60].strip("-")
-        save = ("exp", "save", "--force", "--name", f"{name}-{folder.name[:6]}", *plan)  # without names it wants every output
+        save = ("exp", "save", "--force", "--name", f"{name}-{folder.name[:6]}", *wanted)  # without names it wants every output
         saved = await asyncio.to_thread(dag.call, folder, *save)
         log.info(saved.strip())
         worktree.remove(workspace, folder)
-    return Completed(message=f"{len(todo)} stages run, {len(plan) - len(todo)} cached" if todo else f"{len(plan)} stages cached")
+    return Completed(
+        message=f"{len(todo)} stages run, {len(wanted) - len(todo)} cached" if todo else f"{len(wanted)} stages cached"
+    )
 
 
 async def check(folder: Path, *args: str) -> None:

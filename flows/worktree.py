@@ -16,6 +16,7 @@ from flows import dag
 WORKTREES = Path(".scratch", "worktrees")
 LOCAL_CONFIG = Path(".dvc", "config.local")
 WHOLE = Path(".dvc", "tmp", "whole")  # in a worktree that was made to its end, and whose removal has not begun
+DURATIONS = Path(".scratch", "durations.jsonl")
 
 
 class WorktreeError(Exception):
@@ -63,6 +64,7 @@ def make(
         _same_cache(workspace, folder)
         (folder / WHOLE).parent.mkdir(parents=True, exist_ok=True)
         (folder / WHOLE).touch()
+        _same_memory(workspace, folder)
     if params is not None:
         (folder / "params.yaml").write_text(params)
     if lock is None and (workspace / "dvc.lock").is_file() and not (folder / "dvc.lock").is_file():
@@ -89,6 +91,14 @@ def _same_cache(workspace: Path, folder: Path) -> None:
         shutil.copyfile(mine, folder / LOCAL_CONFIG)
     cache = dag.call(workspace, "cache", "dir").strip()
     dag.call(folder, "config", "--local", "cache.dir", str((workspace / cache).resolve()))
+
+
+def _same_memory(workspace: Path, folder: Path) -> None:
+    """What stages take in the worktree is remembered in the workspace, from where plans are made (`flows.plan`)."""
+    here = folder / DURATIONS
+    here.parent.mkdir(parents=True, exist_ok=True)
+    (workspace / DURATIONS).parent.mkdir(parents=True, exist_ok=True)
+    here.symlink_to(workspace.absolute() / DURATIONS)
 
 
 def link_sources(workspace: Path, folder: Path, sources: Sequence[str]) -> None:

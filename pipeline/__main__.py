@@ -6,6 +6,7 @@ python -m pipeline schema                    write params.schema.json, by which 
 python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
 python -m pipeline bundle FOLDER --out OUT   put the files of a folder into tars (`bundle --help`)
 python -m pipeline predict MODEL IMAGES...   classify pictures (`predict --help` says what it takes)
+python -m pipeline estimate STAGE...         how long stages will take, as JSON: what `make plan` shows as a table
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pipeline.harness import lockfile
 from pipeline.harness.machine import Machine
 from pipeline.harness.reference import Row, rows, summary, told
 from pipeline.harness.stage import PARAMS_FILE, WORK, exit_codes, is_out
+from pipeline.planning import arguments as estimating
 from pipeline.predict import arguments as predicting
 from pipeline.report.evaluation import not_a_baseline
 from pipeline.sources import bundle as bundling
@@ -38,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,bundle,predict}")
+    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,bundle,predict,estimate}")
     checking = commands.add_parser("check")
     checking.add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
     checking.add_argument("--names", action="store_true", help="only whether the names are safe: before DVC reads the file")
@@ -46,6 +48,7 @@ def main() -> None:
     commands.add_parser("reference")
     bundling.add_arguments(commands.add_parser("bundle", description=bundling.DESCRIPTION))
     predicting.add_arguments(commands.add_parser("predict", description=predicting.DESCRIPTION))
+    estimating.add_arguments(commands.add_parser("estimate", description=estimating.DESCRIPTION))
     args = parser.parse_args()
     with exit_codes("it goes on where it stopped" if args.do == "bundle" else "it begins anew"):
         if args.do == "schema":
@@ -58,6 +61,11 @@ def main() -> None:
             from pipeline.predict import command  # torch, and only here
 
             sys.stderr.write(f"{command.run(args)}\n")
+        elif args.do == "estimate":
+            params.read(args.params)  # a mistake is told before torch is imported
+            from pipeline.planning import command as planning
+
+            sys.stdout.write(f"{planning.run(args)}\n")
         elif args.names:
             params.read(args.params)
         else:

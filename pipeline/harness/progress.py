@@ -89,7 +89,7 @@ class _Lines:
             text += f" {self.unit}"
         text += f", {rate:,.4g} {self.unit}/s"
         if self.total is not None and rate > 0 and self.n < self.total:
-            text += f", {_clock((self.total - self.n) / rate)} left"
+            text += f", {clock((self.total - self.n) / rate)} left"
         text += "".join(f", {k} {v:.4g}" for k, v in self.figures.items())
         print(text, file=sys.stderr, flush=True)
 
@@ -97,7 +97,8 @@ class _Lines:
         self._line(time.monotonic())
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """`0:07`, `12:30`, `3:05:00`."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.errors import UserError
-from pipeline.harness import lockfile, parent, ranks, reference, scratch
+from pipeline.harness import durations, lockfile, parent, ranks, reference, scratch
 from pipeline.harness.job import Job
-from pipeline.harness.journal import Journal, open_journal
+from pipeline.harness.journal import Journal, open_journal, project_folder
 from pipeline.harness.machine import Machine
 from pipeline.store import artifact
 from pipeline.store import params as parameters
@@ -118,6 +118,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     name = ".".join(keys)
     with _only_one(name) if first else contextlib.nullcontext():
         workdir = WORK / name / record["key"][:16]
+        resumed = workdir.is_dir() and any(workdir.iterdir())
         injected["workdir"] = workdir
         if "workdir" in wanted:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -141,6 +142,10 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         if first:
             scratch.remove(WORK / name)
             _say(name, metrics, time.monotonic() - start)
+            if not resumed:
+                _keep_duration(name, record, machine, named)
+            if progress := durations.told(project_folder() / WORK):
+                print(f"plan: {progress}", file=sys.stderr)
 
 
 def _importable(run: Callable[..., Metrics]) -> Callable[..., Metrics]:
@@ -224,15 +229,35 @@ def _key(record: Mapping[str, Any]) -> str:
 
 def _code() -> str:
     """A hash of the sources of the pipeline modules this stage has loaded, without those that cannot change a result."""
-    files: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for _, file in sorted(_sources().items()):  # by the module's name: two rooms may have files of one name
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources() -> dict[str, Path]:
+    """The files of those modules, by the module's name."""
+    files: dict[str, Path] = {}
     for name, module in list(sys.modules.items()):
         name = module.__spec__.name if name == "__main__" and module.__spec__ else name
         if name.startswith("pipeline.") and not name.startswith(INERT) and getattr(module, "__file__", None):
-            files[name] = str(module.__file__)
-    digest = hashlib.sha256()
-    for name in sorted(files):  # by the module's name: two rooms may have files of one name
-        digest.update(Path(files[name]).read_bytes())
-    return digest.hexdigest()
+            files[name] = Path(str(module.__file__))
+    return files
+
+
+def _keep_duration(name: str, record: Mapping[str, Any], machine: Machine, paths: Mapping[str, Path]) -> None:
+    """Note how long this run took, of what, and with which code, for the plans of later ones."""
+    wall, cpu = durations.usage()
+    durations.keep(
+        project_folder() / WORK,
+        name=name,
+        **{what: record[what] for what in ("stage", "entry", "params")},
+        rows=durations.rows_of(paths),
+        machine=durations.machine_of(machine),
+        wall=wall,
+        cpu=cpu,
+        code={module: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for module, file in _sources().items()},
+    )
 
 
 class _only_one:

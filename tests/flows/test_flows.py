@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +17,11 @@ from typing import Any
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import TaskRun
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import attempt, child, dag, tasks, tracking, worktree
+from flows import attempt, child, dag, plan, tasks, tracking, worktree
 from flows.winnow import winnow
 
 pytestmark = [pytest.mark.flows, pytest.mark.filterwarnings("ignore")]  # Prefect's own warnings
@@ -56,6 +59,12 @@ stages:
 """
 PARAMS = "make: {text: hello, n: 1}  # a comment\nuse: {a: {by: 1}, b: {by: 2}}\n"
 
+ESTIMATE = {
+    "cores": 2,
+    "cpu": "a processor",
+    "stages": {name: {"seconds": 60.0, "cpu": 30.0, "by": "probe"} for name in ("make", "use@a", "use@b", "last")},
+}
+
 
 def sh(folder: Path, *command: str) -> str:
     done = subprocess.run(command, cwd=folder, env=dag.environment(), capture_output=True, text=True)
@@ -87,6 +96,7 @@ def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sh(folder, "git", "config", "user.email", "n@example.org")
     monkeypatch.chdir(folder)
     monkeypatch.setattr("flows.winnow.check", nothing)  # these projects have none of its params,
+    monkeypatch.setattr(plan, "estimating", lambda *_: ["echo", json.dumps(ESTIMATE)])  # nor has it heard of their stages,
     for sends_to_mlflow in ("flush", "report"):  # and nothing to tell it
         monkeypatch.setattr(tracking, sends_to_mlflow, nothing)
     return folder
@@ -118,6 +128,21 @@ async def task_runs() -> list[TaskRun]:
         latest = max(runs, key=lambda r: r.created or 0)
         await asyncio.sleep(1.0)  # task runs arrive as events
         return [r for r in await client.read_task_runs(limit=200) if r.flow_run_id == latest.id]
+
+
+async def plan_and_log() -> tuple[str, str]:
+    """The artifact with the plan of the latest flow run, and its log."""
+    async with get_client() as client:
+        run = max(await client.read_flow_runs(limit=200), key=lambda r: r.created or 0)
+        key = f"winnow-plan-{str(run.id)[-12:]}"
+        (artifact,) = [a for a in await client.read_artifacts() if a.key == key]
+        of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+        for _ in range(100):  # logs arrive in batches
+            said = "\n".join(log.message for log in await client.read_logs(of_run))
+            if "stages in" in said:
+                break
+            await asyncio.sleep(0.1)
+        return str(artifact.data), said
 
 
 def processes_with(word: str) -> list[int]:
@@ -181,6 +206,20 @@ def test_what_may_be_tried_again(code: int, lines: list[str], again: bool) -> No
     assert attempt.verdict(child.Ended(code, lines)).again is again
 
 
+def test_the_plan_says_what_would_run_and_what_dvc_has(project: Path) -> None:
+    sh(project, "dvc", "repro", "-q")
+    (project / "params.yaml").write_text(PARAMS.replace("by: 2", "by: 5"))
+    shutil.rmtree(project / "data/use/a")
+    (project / "data/made").unlink()
+    made = plan.of_folder(project, [], False, [])
+    assert [(row.stage, row.why, row.seconds, row.by) for row in made.rows] == [
+        ("make", "its output is not there; DVC has its result", 1.0, "cache"),
+        ("use@a", "its output is not there; DVC has its result", 1.0, "cache"),
+        ("use@b", "use.b.by: 2 -> 5", 60.0, "probe"),
+        ("last", "needs use@b, made anew", 60.0, "probe"),
+    ]
+
+
 # Processes
 
 
@@ -233,6 +272,10 @@ def test_only_what_is_stale_runs(project: Path, server: None) -> None:
     assert play() == {"make": "Completed", "use@a": "Completed", "use@b": "Completed", "last": "Completed"}
     assert (project / "data/last").read_text() == "hellohello"
     lock = (project / "dvc.lock").read_text()
+    shown, said = asyncio.run(plan_and_log())
+    assert "| use@a | 1:00 | probe | has not run here yet |" in shown
+    assert "4 to run, 0 from DVC's cache, 0 stages are up to date. About 4:00 on 2 cores of a processor" in said
+    assert re.search(r"last: 4 of 4 stages have run, none is left", said)
     assert set(play().values()) == {"Cached"}
     (project / "params.yaml").write_text(PARAMS.replace("by: 1", "by: 3"))
     assert play() == {"make": "Cached", "use@a": "Completed", "use@b": "Cached", "last": "Cached"}

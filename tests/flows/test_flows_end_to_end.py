@@ -221,6 +221,7 @@ def test_the_whole_pipeline_over_two_pools(site: Site, first: First) -> None:
     assert "Data and pipelines are up to date" in site.sh(site.cpu, "dvc", "status")
     made = site.artifacts(first.run)
     assert "| ssld " in made["comparison"]["data"]
+    assert "| distil@ssld |" in made["plan"]["data"]
     assert "/runs/" in made["mlflow-run"]["data"]
 
 
