@@ -11,8 +11,7 @@ from pydantic import Field
 
 from pipeline.errors import UserError
 from pipeline.harness import stage
-from pipeline.report import comparison
-from pipeline.report.comparison import difference_of
+from pipeline.report import comparison, series
 from pipeline.report.entries import against, read_entry, with_agreement
 from pipeline.report.evaluation import not_a_baseline
 from pipeline.report.page import MLFLOW, gallery_of, leaks_of, render
@@ -36,8 +35,9 @@ class Compare(Section):
 
 
 def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ...]) -> stage.Metrics:
-    """Write table.csv, pairs.csv, table.md, comparison.json and report.html from the artifacts of `evaluate`.
+    """Write table.csv, pairs.csv, table.md, comparison.json and report.html from the artifacts of `evaluate`, and what DVC plots.
 
+    The metrics are the ten figures of `series.summary`, the only ones that `dvc metrics show` and `dvc exp show` show.
     Their order is that of `entries`. Other folders in `evaluations`, left by entries that params.yaml no longer
     has, are not looked at.
     Raises UserError if the baseline has another role, or an entry is missing or was measured on other images than the baseline.
@@ -55,12 +55,11 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
         (tmp / "pairs.csv").write_text(pairs_as_csv(whole))
         (tmp / "table.md").write_text(as_markdown(compared, notes))
         comparison.write(tmp, whole)
+        series.write(tmp / series.FOLDER, whole)
         (tmp / "report.html").write_text(render(whole, compared, notes, evaluations.parent, out, params.licence))
     print_table(params.title, compared, told(whole))
     _say_leaks(evaluations.parent)
-    return {
-        e.name: {"top1": e.evaluation.val.top1, "holdout_top1": e.evaluation.holdout.top1, **difference_of(e)} for e in compared
-    }
+    return series.summary(whole)
 
 
 def show(out: Path) -> None:

@@ -28,34 +28,37 @@ COLUMNS = [
 ]
 
 
-def write(board: Experiment, stages: Experiment, lineage: Mapping[str, Any], end: Mapping[str, Any]) -> None:
+def write(board: Experiment, stages: Experiment, record: Mapping[str, Any], end: Mapping[str, Any]) -> None:
     """A finished run for each evaluation of a comparison, named for its entry; one that is there is written once more.
 
-    `board`: the experiment of the models. `stages`: that of the runs of all stages, where the learning curves are. `lineage`: the
-    records of the comparison, by key. `end`: its last event.
+    `board`: the experiment of the models. `stages`: that of the runs of all stages, where the learning curves are. `record`: that
+    of the comparison. `end`: its last event.
     """
+    lineage, baseline = record["lineage"], record["params"].get("baseline")
     compared, now = end.get("compared", {}), end["time"]
     order = {"searchFilter": f"tags.`{LATEST}` = 'yes'", "orderByKey": "metrics.`val_top1`", "orderByAsc": False}
     board.client.set_experiment_tag(board.experiment_id, SHARED_VIEW, json.dumps({**order, "selectedColumns": COLUMNS}))
     known = {run.data.tags.get("winnow.key"): run for run in board.search(LATEST, "yes") + board.search(LATEST, "no")}
-    shown = {key: record for key, record in lineage.items() if record["stage"] == "evaluate"}
+    shown = {key: evaluated for key, evaluated in lineage.items() if evaluated["stage"] == "evaluate"}
+    base = next((compared.get(key, {}).get("val_top1") for key, one in shown.items() if one["entry"] == baseline), None)
     for key, run in known.items():
         if key not in shown and run.data.tags[LATEST] == "yes":
             board.client.set_tag(run.info.run_id, LATEST, "no")
-    for key, record in shown.items():
-        entry, trained_by = record["entry"], record["inputs"].get("model", {}).get("key")
+    for key, evaluated in shown.items():
+        entry, trained_by = evaluated["entry"], evaluated["inputs"].get("model", {}).get("key")
         training = lineage.get(trained_by, {})
         measured, trained = compared.get(key, {}), compared.get(trained_by, {})
-        gain = (end["metrics"].get(entry) or {}).get("delta")
+        top1 = measured.get("val_top1")
+        gain = top1 - base if top1 is not None and base is not None and entry != baseline else None
         figures = {name: measured.get(name) for name in FIGURES} | {name: trained.get(name) for name in OF_TRAINING}
         told = [(name, value, now, 0) for name, value in numbers_of({"over_baseline": gain, **figures}).items()]
         run = known.get(key)
-        run_id = run.info.run_id if run else board.create(entry, now, _tags(key, record, training))
+        run_id = run.info.run_id if run else board.create(entry, now, _tags(key, evaluated, training))
         board.client.set_tag(run_id, LATEST, "yes")
         params = {name: value for name, value in params_of(training).items() if name in PARAMS} if training else {}
-        board.log(run_id, {"role": record["params"].get("role"), **params}, list(_curves(stages, trained_by)))
-        board.log(run_id, {}, told, _model(board, run_id, record))
-        _log_data(board, run_id, record, training, lineage, compared)
+        board.log(run_id, {"role": evaluated["params"].get("role"), **params}, list(_curves(stages, trained_by)))
+        board.log(run_id, {}, told, _model(board, run_id, evaluated))
+        _log_data(board, run_id, evaluated, training, lineage, compared)
         board.client.set_terminated(run_id, "FINISHED", end_time=milliseconds(now))
 
 

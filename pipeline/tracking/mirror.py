@@ -171,7 +171,7 @@ class Mirror:
         if end["status"] == "FINISHED" and journal.begin["gathers"]:
             complete(experiment, run_id, record["lineage"], end, files / "runs.json")
             board = self._experiment(journal, leaderboard.SUFFIX)
-            leaderboard.write(board, experiment, record["lineage"], end)
+            leaderboard.write(board, experiment, record, end)
         client.set_terminated(run_id, end["status"], end_time=milliseconds(end["time"]))
         # After the numbers: a server whose artifact store is out of reach shall not keep the run open.
         if files.is_dir():
