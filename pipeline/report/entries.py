@@ -16,8 +16,11 @@ from pipeline.store import artifact
 
 @dataclass(frozen=True)
 class Entry:
-    """One evaluated model. `labels` and `predicted`: (N,) classes of the validation images, in the order of `ids`; `held_ids` and
-    `held_right`: (H,) ids of the held-out images, and whether it names them right."""
+    """One evaluated model.
+
+    `labels` and `predicted`: (N,) classes of the validation images, in the order of `ids`; `held_ids` and `held_right`: (H,) ids
+    of the held-out images, and whether it names them right. `lineage`: the records of its evaluation and all before it, by key.
+    """
 
     name: str
     evaluation: Evaluation
@@ -45,6 +48,8 @@ class Entry:
 
 
 def read_entry(name: str, folder: Path) -> Entry:
+    record = artifact.record(folder)
+    own = {record["key"]: {name: value for name, value in record.items() if name != "lineage"}} if record else {}
     predictions, held = evaluation.read_predictions(folder), evaluation.read_predictions(folder, "holdout")
     return Entry(
         name,
@@ -55,7 +60,7 @@ def read_entry(name: str, folder: Path) -> Entry:
         held["id"].to_numpy(),
         held["label"].to_numpy() == held["predicted"].to_numpy(),
         evaluation.read_history(folder),
-        artifact.record(folder).get("lineage", {}),
+        {**record.get("lineage", {}), **own},
     )
 
 

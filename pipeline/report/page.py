@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from pipeline.report import sentences
+from pipeline.report import dag, sentences
 from pipeline.report.choice import RULE
 from pipeline.report.comparison import Comparison
 from pipeline.report.entries import Entry
@@ -90,6 +90,7 @@ def render(
         points=points,
         counts=_counts(steps),
         steps=steps,
+        drawing=dag.svg(dag.nodes({key: record for e in entries for key, record in e.lineage.items()})),
         figures=_figures,
         accuracies=svg_of(draw_accuracies, entries),
         curves=svg_of(draw_curves, entries) if any(checks_of(e) for e in entries) else None,
@@ -189,7 +190,7 @@ class Run(NamedTuple):
 
 def _steps(entries: Sequence[Entry], data: Path) -> list[Step]:
     """All that led to the evaluations, from their lineage, in the order of the work."""
-    records = {key: record for e in entries for key, record in e.lineage.items()}
+    records = {key: record for e in entries for key, record in e.lineage.items() if record["stage"] != "evaluate"}
     stages = [*WORK, *sorted({r["stage"] for r in records.values()} - WORK.keys())]
     steps = []
     for name in stages:

@@ -15,23 +15,24 @@ HEAT_CLASSES = 40
 
 
 def summary(comparison: Comparison) -> dict[str, Any]:
-    """Ten figures of the chosen entry, or, without candidates, of the baseline.
+    """Ten figures of the chosen entry, or, without candidates, of the baseline; the names are short, as columns of a terminal.
 
-    Shares lie in 0..1; `over_baseline` is a difference of them with its 95 % interval `low`..`high`; `tmacs` is the compute of
-    all that led to the entry, in 10^12 multiply-accumulates. None: not measured, or of the baseline itself.
+    Shares lie in 0..1. `val_top1`, `clean_top1`, `ece`: on the validation images, `clean_top1` without those that have copies.
+    `gain`: over the top-1 of the `baseline`, with its 95 % interval `low`..`high`. `tmacs`: the compute of all that led to the
+    entry, in 10^12 multiply-accumulates. None: not measured, or of the baseline itself.
     """
     shown = comparison.entries[comparison.best or comparison.baseline]
     macs = shown.training.macs_all
     return {
         "chosen": comparison.best,
         "val_top1": shown.val.top1,
-        "clean_val_top1": shown.clean.top1 if shown.clean else None,
+        "clean_top1": shown.clean.top1 if shown.clean else None,
         "holdout_top1": shown.holdout.top1,
-        "over_baseline": shown.delta,
+        "gain": shown.delta,
         "low": shown.delta_low,
         "high": shown.delta_high,
-        "val_ece": shown.val.ece,
-        "baseline_val_top1": comparison.entries[comparison.baseline].val.top1,
+        "ece": shown.val.ece,
+        "baseline": comparison.entries[comparison.baseline].val.top1,
         "tmacs": None if macs is None else macs / 1e12,
     }
 
