@@ -175,7 +175,7 @@ def findings(data: str | Path = "data", outcome: str | None = None) -> list[Find
 
 
 def comparison(folder: str | Path = "data/compare/results") -> Comparison:
-    """The comparison: `best`, `entries` by name with their figures, `pairs` with statistics. Raises UserError if there is none."""
+    """The comparison: `best`, `entries` by name with their figures, `pairs` with statistics. Raises UserError without one."""
     return compared.read(artifact.verify(_there(folder)))
 
 

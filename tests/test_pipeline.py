@@ -256,9 +256,11 @@ def test_the_notebook_runs(house: House, monkeypatch: pytest.MonkeyPatch) -> Non
     shown = []
     for code in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
         tree = ast.parse(code)
-        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        value: ast.expr = ast.Constant(None)
+        if isinstance(last := tree.body[-1], ast.Expr):  # which Jupyter shows
+            value, tree.body = last.value, tree.body[:-1]
         exec(compile(tree, "a cell", "exec"), names)
-        shown.append(last and eval(compile(ast.Expression(last.value), "a cell", "eval"), names))
+        shown.append(eval(compile(ast.fix_missing_locations(ast.Expression(value)), "a cell", "eval"), names))
     pictures = [value for value in shown if isinstance(value, Image.Image)]
     assert len(pictures) == 2
     truth = pq.read_table(house.folder / "data/draw/scenes-truth/truth.parquet").to_pylist()

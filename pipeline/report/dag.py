@@ -126,10 +126,11 @@ def svg(ordered: Sequence[Node]) -> Markup:
         y = _y(i)
         entry = f' <tspan class="entry">{escape(node.entry)}</tspan>' if node.entry else ""
         stage = "stage" if node.entry else "entry"
+        told = facts[node.key]
+        end = f'<text class="facts" x="{width - 2}" y="{y + 4}" text-anchor="end">{told}</text>' if told else ""
         parts.append(
             f'<g class="{node.state or "unknown"}"><title>{_told(node, ordered)}</title><circle cx="{left}" cy="{y}" r="4.5"/>'
-            f'<text x="{left + 12}" y="{y + 4}"><tspan class="{stage}">{escape(node.stage)}</tspan>{entry}</text>'
-            f'<text class="facts" x="{width - 2}" y="{y + 4}" text-anchor="end">{facts[node.key]}</text></g>'
+            f'<text x="{left + 12}" y="{y + 4}"><tspan class="{stage}">{escape(node.stage)}</tspan>{entry}</text>{end}</g>'
         )
     return Markup("\n".join([*parts, "</svg>"]))
 

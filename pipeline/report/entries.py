@@ -1,9 +1,9 @@
 """The evaluated models side by side, as read from the artifacts of `evaluate`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -83,3 +83,19 @@ def with_agreement(entries: list[Entry]) -> list[Entry]:
         teacher = teachers.get(e.evaluation.training.teacher or "")
         with_teachers.append(replace(e, agreement=float((e.predicted == teacher.predicted).mean())) if teacher else e)
     return with_teachers
+
+
+class Data(NamedTuple):
+    """The data that entries came from: what to call them, and their licence if winnow knows it."""
+
+    name: str
+    licence: str | None
+
+
+def data_of(entries: Sequence[Entry]) -> Data:
+    """The data of `prepare.root`, as the lineage of the entries names it: those that winnow drew, or a folder."""
+    records = {key: record for e in entries for key, record in e.lineage.items()}
+    if any(record["stage"] == "draw" for record in records.values()):
+        return Data("the built-in scenes", "drawn by winnow; no rights of others")
+    roots = [record["params"].get("root") for record in records.values() if record["stage"] == "prepare"]
+    return Data(next(filter(None, roots), "images"), None)

@@ -35,7 +35,7 @@ def render(record: Mapping[str, Any], rows: Sequence[Row], seconds: float) -> st
     ran = [node for node in ordered if node.state == "executed"]
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return template.from_string(TEMPLATE.read_text()).render(
-        title=record["params"].get("title", "Comparison"),
+        title=record["params"].get("title") or "The comparison",
         total=len(ordered),
         ran=len(ran),
         time=dag.clock(sum(node.seconds or 0 for node in ran)),

@@ -50,11 +50,11 @@ def test_the_drawing_says_how_long_a_stage_took_and_whether_it_ran() -> None:
     known = {"teacher": 62.4, "m1": 3.25, "top": 7_500.0}
     states = {"teacher": "executed", "m1": "unchanged", "top": "restored"}
     drawn = str(dag.svg(dag.nodes(LINEAGE, known, states)))
-    facts = dict(re.findall(r"<title>(\S+ \S+)(?: reads [^<]*)?</title>.*?text-anchor=\"end\">([^<]*)</text>", drawn))
+    facts = dict(re.findall(r"<title>(\S+ \S+)(?: reads [^<]*)?</title>.*text-anchor=\"end\">([^<]*)</text>", drawn))
     assert facts["teach teacher"] == "1 min 2 s, ran"
     assert facts["distil one"] == "3.2 s, cached"
     assert facts["select top"] == "2 h 5 min, restored"
-    assert facts["evaluate one"] == ""
+    assert len(facts) == 3
     assert "distil one reads select top, teach teacher" in drawn
     assert "<two>" not in drawn
     assert "&lt;two&gt;" in drawn
