@@ -6,6 +6,7 @@
 A training's points replace those of an earlier one of the same entry; one that goes on after a kill goes on with its curve.
 """
 
+import contextlib
 import fcntl
 import json
 from collections.abc import Mapping
@@ -40,8 +41,10 @@ def note(entry: str, run: str, step: int, values: Mapping[str, float], folder: P
 
 
 def _add(file: Path, point: Mapping[str, Any]) -> None:
-    points = json.loads(file.read_text()) if file.is_file() else []
-    kept = [p for p in points if p["entry"] != point["entry"] or (p["run"] == point["run"] and p["step"] < point["step"])]
+    kept: list[Mapping[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or one that somebody has edited
+        points = json.loads(file.read_text())
+        kept = [p for p in points if p["entry"] != point["entry"] or (p["run"] == point["run"] and p["step"] < point["step"])]
     with artifact.writing_file(file) as tmp:
         tmp.write_text("[\n" + ",\n".join(json.dumps(p) for p in [*kept, point]) + "\n]\n")
 

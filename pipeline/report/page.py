@@ -160,8 +160,8 @@ def _card(steps: Sequence["Step"], data: Path, licence: str | None) -> list[tupl
             lines.append(
                 (
                     "leaks",
-                    f"{removed:,} images of the pool removed, {doubtful:,} that may be copies of validation images left for review; "
-                    "the evidence lies in data/dedup/leaks",
+                    f"{removed:,} images of the pool removed, {doubtful:,} that may be copies of validation images left for "
+                    "review; the evidence lies in data/dedup/leaks",
                 )
             )
     for run in runs.get("select", []):

@@ -24,6 +24,13 @@ def test_a_repeated_training_begins_its_curve_anew_and_a_resumed_one_goes_on(tmp
     assert points(tmp_path) == [("teach.teacher", 5, 9.0), ("distil.ssld", 15, 0.5)]
 
 
+def test_a_file_that_cannot_be_read_is_begun_anew(tmp_path: Path) -> None:
+    for broken in ("<<<<<<< HEAD\n[]", "{}", '[{"step": 1}]'):
+        (tmp_path / "loss.json").write_text(broken)
+        live.note("distil.ssld", "a" * 64, 10, {"loss": 1.0}, tmp_path)
+        assert points(tmp_path) == [("distil.ssld", 10, 1.0)]
+
+
 def test_dvc_is_told_of_the_figures_that_are_there(tmp_path: Path) -> None:
     live.note("distil.ssld", "a" * 64, 10, {"loss": 1.0, "lr": 0.1}, tmp_path)
     live.note("pretrain.base", "a" * 64, 10, {"holdout_knn": 0.5}, tmp_path)
