@@ -181,7 +181,7 @@ from dvc.cli import main
 for command in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         status = main(command)
-    print(json.dumps([status, said.getvalue()]))
+    print("ANSWER", json.dumps([status, said.getvalue()]))
 """
 
 
@@ -206,7 +206,7 @@ def dvc(repository: House, *commands: str) -> list[str]:
     """What each command of DVC says; in one process, as DVC takes a second to start. Fails where one fails."""
     split = json.dumps([command.split() for command in commands])
     lines = repository.run(sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS, split).splitlines()
-    answers = [json.loads(line) for line in lines if line.startswith("[")]
+    answers = [json.loads(line.removeprefix("ANSWER ")) for line in lines if line.startswith("ANSWER ")]
     assert [status for status, _ in answers] == [0] * len(commands), lines
     return [said for _, said in answers]
 
@@ -228,8 +228,7 @@ def test_dvc_shows_ten_figures_and_its_pages_work_offline(repository: House, bro
         comparison["entries"][comparison["best"]]["val"]["top1"],
     )
     header = experiments.splitlines()[0].split(",")
-    assert header == ["Experiment", "rev", "typ", "Created", "parent", *figures, "seed"] or set(figures) < set(header)
-    assert len(header) < 18
+    assert set(header) - {"Experiment", "rev", "typ", "Created", "parent", "seed"} == set(figures)
     assert artifact.identity(repository.folder / "mine") == artifact.identity(repository.folder / "data/export/student")
     titles = {plot["title"] for declared in declared_plots(repository) for plot in declared.values()}
     assert "live: training loss" in titles
