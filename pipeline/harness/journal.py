@@ -45,17 +45,19 @@ class Journal:
         if path is not None:
             with self._never_fatal():
                 self._file = _begin_file(path, self._begin)
+        record = self._begin.get("record")
+        self._curves = live.Curves(run_name(record), record["key"]) if record else None
 
     def log(self, step: int | None = None, **values: float) -> None:
         """Note values of now: a loss, a learning rate, a duration; `step` puts them on a curve, which DVC plots at once."""
         self._write("metrics", step=step, values={name: float(value) for name, value in values.items()})
-        if self._file is not None and step is not None:
-            with self._never_fatal():
-                record = self._begin["record"]
-                live.note(run_name(record), record["key"], step, values)
+        if self._curves is not None and step is not None:
+            self._curves.add(step, values)
 
     def finish(self, status: str, metrics: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
         """End the run as FINISHED, FAILED or KILLED, with its final metrics and the artifacts it wrote."""
+        if self._curves is not None:
+            self._curves.write()
         if self._file is None or self._path is None:
             return
         extra: dict[str, Any] = {"error": repr(sys.exception())} if status == "FAILED" else {}
