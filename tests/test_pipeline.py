@@ -237,7 +237,7 @@ def test_dvc_shows_ten_figures_and_its_pages_work_offline(repository: House, bro
                 shown_page.wait_for_function(f"document.querySelectorAll('svg.marks').length == {len(titles)}")
                 assert not is_cut(shown_page)
                 texts = shown_page.locator("svg.marks .role-title-text text").all_text_contents()
-                assert set(texts) == titles
+                assert titles <= set(texts)  # beside them the names of revisions
                 marks = "[...document.querySelectorAll('svg.marks')].map(e => e.querySelectorAll('.role-mark path').length)"
                 assert min(shown_page.evaluate(marks)) > 0
 
