@@ -57,4 +57,4 @@ lock:  ## write requirements.lock anew from pyproject.toml
 	uv pip compile --universal --python-version 3.11 --generate-hashes --extra train --extra dev --no-header -o requirements.lock pyproject.toml
 
 clean:  ## remove what runs have made, but not the environment and not DVC's cache
-	rm -rf .scratch $(addprefix data/,draw prepare search dedup pretrain teach ensemble score select pack label distil self_distil evaluate export compare)
+	rm -rf .scratch $(addprefix data/,draw prepare search dedup pretrain teach ensemble score select pack label distil self_distil evaluate export compare live)

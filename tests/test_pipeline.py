@@ -1,5 +1,6 @@
 """The whole DAG on tiny images, through the real `dvc repro` and the real MLflow."""
 
+import ast
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
@@ -15,11 +17,16 @@ import timm
 import torch
 import yaml
 from dvc.utils.hydra import apply_overrides
+from PIL import Image
+from playwright.sync_api import Browser
 
+from pipeline import notebook
+from pipeline.errors import UserError
 from pipeline.learning.loop.optimisers import freeze
 from pipeline.models import architectures
 from pipeline.models.inputs import Wanted
 from pipeline.store import artifact, manifest
+from tests.browser import WIDTHS, is_cut, opened
 from tests.tiny import PARAMS, jpegs, tar_of
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +173,109 @@ def test_a_mistake_in_params_is_explained(house: House, tmp_path: Path, change: 
     _, output = mistaken.repro(ok=False)
     assert message in output
     assert "Traceback" not in output
+
+
+IN_ONE_PROCESS = """
+import json, sys
+from dvc.cli import main
+for command in json.loads(sys.argv[1]):
+    status = main(command)
+    print(f"ENDED {status}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(house: House, tmp_path_factory: pytest.TempPathFactory) -> House:
+    """The house with all it has made, as a commit of a git repository that a user works on."""
+    mine = house.copy(tmp_path_factory.mktemp("repository"))
+    (mine.folder / ".dvc" / "config.local").unlink()
+    shutil.copy(ROOT / ".gitignore", mine.folder)
+    name = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.org")
+    for command in (
+        ("init", "-q"),
+        ("add", "-A"),
+        (*name, "commit", "-qm", "a run"),
+        (*name, "tag", "-am", "-", "student@v1.0.0"),
+    ):
+        mine.run("git", *command)
+    return mine
+
+
+def dvc(repository: House, *commands: str) -> list[str]:
+    """What each command of DVC says; in one process, as DVC takes a second to start. Fails where one fails."""
+    split = json.dumps([command.split() for command in commands])
+    output = repository.run(sys.executable, "-W", "ignore", "-c", IN_ONE_PROCESS, split)
+    *said, _ = output.split("ENDED 0\n")
+    assert len(said) == len(commands), output
+    return said
+
+
+def test_dvc_shows_ten_figures_and_its_pages_work_offline(repository: House, browser: Browser) -> None:
+    shown, experiments, *_ = dvc(
+        repository,
+        "metrics show --json",
+        "exp show --csv --drop .*[./]",
+        "plots show",
+        "plots diff HEAD workspace --out differences",
+        "artifacts get . student --out mine",
+    )
+    comparison = json.loads((repository.folder / "data/compare/results/comparison.json").read_text())
+    [figures] = [of["data"] for of in json.loads(shown)[""]["data"].values()]
+    assert len(figures) == 10
+    assert (figures["chosen"], figures["val_top1"]) == (
+        comparison["best"],
+        comparison["entries"][comparison["best"]]["val"]["top1"],
+    )
+    header = experiments.splitlines()[0].split(",")
+    assert set(header) - {"Experiment", "rev", "typ", "Created", "parent", "seed"} == set(figures)
+    assert artifact.identity(repository.folder / "mine") == artifact.identity(repository.folder / "data/export/student")
+    titles = {plot["title"] for declared in declared_plots(repository) for plot in declared.values()}
+    assert "live: training loss" in titles
+    for page in ("dvc_plots", "differences"):
+        for width in WIDTHS:
+            with opened(browser, repository.folder / page / "index.html", width) as shown_page:
+                shown_page.wait_for_function(f"document.querySelectorAll('svg.marks').length == {len(titles)}")
+                assert not is_cut(shown_page)
+                texts = shown_page.locator("svg.marks .role-title-text text").all_text_contents()
+                assert titles <= set(texts)  # beside them the names of revisions
+                marks = "[...document.querySelectorAll('svg.marks')].map(e => e.querySelectorAll('.role-mark path').length)"
+                assert min(shown_page.evaluate(marks)) > 0
+
+
+def declared_plots(house: House) -> list[dict[str, Any]]:
+    files = (house.folder / "dvc.yaml", house.folder / "data/live/dvc.yaml")
+    return [plot for file in files for plot in yaml.safe_load(file.read_text())["plots"]]
+
+
+def test_the_notebook_runs(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(house.folder)
+    cells = json.loads((ROOT / "docs/notebook.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    shown = []
+    for code in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
+        tree = ast.parse(code)
+        value: ast.expr = ast.Constant(None)
+        if isinstance(last := tree.body[-1], ast.Expr):  # which Jupyter shows
+            value, tree.body = last.value, tree.body[:-1]
+        exec(compile(tree, "a cell", "exec"), names)
+        shown.append(eval(compile(ast.fix_missing_locations(ast.Expression(value)), "a cell", "eval"), names))
+    pictures = [value for value in shown if isinstance(value, Image.Image)]
+    assert len(pictures) == 2
+    truth = pq.read_table(house.folder / "data/draw/scenes-truth/truth.parquet").to_pylist()
+    leaks = {f"{row['tar']}/{row['member']}" for row in truth if row["kind"] == "leak"}
+    assert {finding.id for finding in names["copies"]} <= leaks
+    left, right = np.asarray(pictures[1])[:, : notebook.SIDE], np.asarray(pictures[1])[:, -notebook.SIDE :]
+    copied = notebook.picture(notebook.manifest("data/prepare/pool"), names["copies"][0].id)
+    assert (left == np.asarray(copied.resize((notebook.SIDE, notebook.SIDE), Image.Resampling.BICUBIC))).all()
+    assert (right == notebook.OUTLINE).all(2).any()
+    assert [row["entry"] for row in notebook.table().to_pylist()] == list(names["result"].entries)
+    alone = pq.read_table(house.folder / "data/evaluate/ssld/predictions.parquet").slice(0, 20).to_pylist()
+    classes = names["val"].classes
+    assert [answer.label for answer in names["answers"]] == [classes[row["predicted"]] for row in alone]
+    with pytest.raises(UserError, match="there is no image 'nowhere'"):
+        notebook.picture(names["pool"], "nowhere")
+    with pytest.raises(UserError, match="Run `dvc repro`"):
+        notebook.findings("nowhere")
 
 
 RECIPE = ROOT / "recipes" / "imagenet.yaml"

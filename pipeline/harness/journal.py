@@ -2,6 +2,7 @@
 
     .scratch/journal/<stage>.<entry>-<key>-<time>.jsonl     begin, metrics ..., end
     .scratch/journal/<the same>.files/                      the small files of the artifacts, as they were when the stage ended
+    data/live/                                              its curves, for DVC and editors (`pipeline.harness.live`)
 
 A line costs microseconds and needs no server. The first journal starts the mirror (`pipeline.tracking`): importing mlflow would
 cost every stage seconds, and a call to a dead server can block for minutes. WINNOW_TRACKING=off switches all of this off.
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.harness import credentials
+from pipeline.harness import credentials, live
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 
@@ -44,13 +45,19 @@ class Journal:
         if path is not None:
             with self._never_fatal():
                 self._file = _begin_file(path, self._begin)
+        record = self._begin.get("record")
+        self._curves = live.Curves(run_name(record), record["key"]) if record else None
 
     def log(self, step: int | None = None, **values: float) -> None:
-        """Note values of now: a loss, a learning rate, a duration; `step` puts them on a curve."""
+        """Note values of now: a loss, a learning rate, a duration; `step` puts them on a curve, which DVC plots at once."""
         self._write("metrics", step=step, values={name: float(value) for name, value in values.items()})
+        if self._curves is not None and step is not None:
+            self._curves.add(step, values)
 
     def finish(self, status: str, metrics: Mapping[str, Any], artifacts: Sequence[Path]) -> None:
         """End the run as FINISHED, FAILED or KILLED, with its final metrics and the artifacts it wrote."""
+        if self._curves is not None:
+            self._curves.write()
         if self._file is None or self._path is None:
             return
         extra: dict[str, Any] = {"error": credentials.masked(repr(sys.exception()))} if status == "FAILED" else {}

@@ -1,9 +1,9 @@
 """The evaluated models side by side, as read from the artifacts of `evaluate`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,11 @@ from pipeline.store import artifact
 
 @dataclass(frozen=True)
 class Entry:
-    """One evaluated model. `labels` and `predicted`: (N,) classes of the validation images, in the order of `ids`; `held_ids` and
-    `held_right`: (H,) ids of the held-out images, and whether it names them right."""
+    """One evaluated model.
+
+    `labels` and `predicted`: (N,) classes of the validation images, in the order of `ids`; `held_ids` and `held_right`: (H,) ids
+    of the held-out images, and whether it names them right. `lineage`: the records of its evaluation and all before it, by key.
+    """
 
     name: str
     evaluation: Evaluation
@@ -45,6 +48,8 @@ class Entry:
 
 
 def read_entry(name: str, folder: Path) -> Entry:
+    record = artifact.record(folder)
+    own = {record["key"]: {name: value for name, value in record.items() if name != "lineage"}} if record else {}
     predictions, held = evaluation.read_predictions(folder), evaluation.read_predictions(folder, "holdout")
     return Entry(
         name,
@@ -55,7 +60,7 @@ def read_entry(name: str, folder: Path) -> Entry:
         held["id"].to_numpy(),
         held["label"].to_numpy() == held["predicted"].to_numpy(),
         evaluation.read_history(folder),
-        artifact.record(folder).get("lineage", {}),
+        {**record.get("lineage", {}), **own},
     )
 
 
@@ -78,3 +83,19 @@ def with_agreement(entries: list[Entry]) -> list[Entry]:
         teacher = teachers.get(e.evaluation.training.teacher or "")
         with_teachers.append(replace(e, agreement=float((e.predicted == teacher.predicted).mean())) if teacher else e)
     return with_teachers
+
+
+class Data(NamedTuple):
+    """The data that entries came from: what to call them, and their licence if winnow knows it."""
+
+    name: str
+    licence: str | None
+
+
+def data_of(entries: Sequence[Entry]) -> Data:
+    """The data of `prepare.root`, as the lineage of the entries names it: those that winnow drew, or a folder."""
+    records = {key: record for e in entries for key, record in e.lineage.items()}
+    if any(record["stage"] == "draw" for record in records.values()):
+        return Data("the built-in scenes", "drawn by winnow; no rights of others")
+    roots = [record["params"].get("root") for record in records.values() if record["stage"] == "prepare"]
+    return Data(next(filter(None, roots), "images"), None)

@@ -9,18 +9,17 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from pipeline.report import sentences
+from pipeline.report import dag, sentences
 from pipeline.report.choice import RULE
 from pipeline.report.comparison import Comparison
 from pipeline.report.entries import Entry
 from pipeline.report.pairs import Versus
 from pipeline.report.plots import checks_of, draw_accuracies, draw_curves, draw_exits, draw_reliability, svg_of
+from pipeline.report.series import HEAT_CLASSES, differing
 from pipeline.report.table import COLUMNS, caution, mark_of, percent, points, scaled
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MLFLOW = ".venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db"
-HEAT_CLASSES = 40
-"""Classes that the heat table shows: of more, those whose accuracy differs most between the entries."""
 MATRIX_CLASSES = 20
 """Up to so many classes the report shows who is taken for whom as a matrix."""
 MISTAKES = 10
@@ -91,6 +90,7 @@ def render(
         points=points,
         counts=_counts(steps),
         steps=steps,
+        drawing=dag.svg(dag.nodes({key: record for e in entries for key, record in e.lineage.items()})),
         figures=_figures,
         accuracies=svg_of(draw_accuracies, entries),
         curves=svg_of(draw_curves, entries) if any(checks_of(e) for e in entries) else None,
@@ -160,7 +160,8 @@ def _card(steps: Sequence["Step"], data: Path, licence: str | None) -> list[tupl
             lines.append(
                 (
                     "leaks",
-                    f"{removed:,} images of the pool removed, {doubtful:,} for review; the evidence lies in data/dedup/leaks",
+                    f"{removed:,} images of the pool removed, {doubtful:,} that may be copies of validation images left for "
+                    "review; the evidence lies in data/dedup/leaks",
                 )
             )
     for run in runs.get("select", []):
@@ -190,7 +191,7 @@ class Run(NamedTuple):
 
 def _steps(entries: Sequence[Entry], data: Path) -> list[Step]:
     """All that led to the evaluations, from their lineage, in the order of the work."""
-    records = {key: record for e in entries for key, record in e.lineage.items()}
+    records = {key: record for e in entries for key, record in e.lineage.items() if record["stage"] != "evaluate"}
     stages = [*WORK, *sorted({r["stage"] for r in records.values()} - WORK.keys())]
     steps = []
     for name in stages:
@@ -241,9 +242,8 @@ def _heat(entries: Sequence[Entry]) -> list[tuple[str, list[tuple[float, float]]
     """Rows of the heat table: a class, and for each entry its accuracy and its shade, both 0..1."""
     names = list(entries[0].evaluation.val.per_class)
     table = np.array([[e.evaluation.val.per_class[name] for e in entries] for name in names])  # C, E
-    if len(names) > HEAT_CLASSES:
-        differing = np.sort(np.argsort(-np.ptp(table, axis=1), kind="stable")[:HEAT_CLASSES])
-        names, table = [names[i] for i in differing], table[differing]
+    rows = differing(table)
+    names, table = [names[i] for i in rows], table[rows]
     shade = (table - table.min()) / max(np.ptp(table), 1e-9)
     return [
         (name, list(zip(values.tolist(), shades.tolist(), strict=True)))

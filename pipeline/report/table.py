@@ -162,6 +162,10 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+TRAINING = {"macs": "training_macs", "entry": "training_entry"}
+"""Figures of a training whose names in table.csv are others, as the model and the row have such names themselves."""
+
+
 def as_csv(entries: Sequence[Entry], comparison: Comparison) -> str:
     """A row for each entry; `gained`, `lost`, `p`, `corrected` and `outcome` are against the baseline."""
     against = {v.other: v.turned() for v in comparison.pairs if v.entry == comparison.baseline}
@@ -175,7 +179,7 @@ def as_csv(entries: Sequence[Entry], comparison: Comparison) -> str:
             **difference_of(e),
             **{name: getattr(against.get(e.name), name, None) for name in tested},
             "agreement": e.agreement,
-            **{("training_macs" if k == "macs" else k): v for k, v in e.evaluation.training.model_dump().items()},
+            **{TRAINING.get(k, k): v for k, v in e.evaluation.training.model_dump().items()},
             **e.evaluation.model.model_dump(),
         }
         for e in entries

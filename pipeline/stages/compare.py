@@ -11,9 +11,8 @@ from pydantic import Field
 
 from pipeline.errors import UserError
 from pipeline.harness import stage
-from pipeline.report import comparison
-from pipeline.report.comparison import difference_of
-from pipeline.report.entries import against, read_entry, with_agreement
+from pipeline.report import comparison, series
+from pipeline.report.entries import against, data_of, read_entry, with_agreement
 from pipeline.report.evaluation import not_a_baseline
 from pipeline.report.page import MLFLOW, gallery_of, leaks_of, render
 from pipeline.report.sentences import told
@@ -25,10 +24,11 @@ from pipeline.store.params import Names, Section
 class Compare(Section):
     """The table and the report."""
 
-    title: str = "Comparison"
-    """The report's title."""
+    title: str | None = None
+    """The report's title; null: the name of the data."""
     licence: str | None = None
-    """What the images may be used for, in your words: it stands in the report's data card."""
+    """What the images may be used for, in your words: it stands in the report's data card. Null: not said, but of images that
+    winnow drew."""
     margin: float = Field(0.01, ge=0, lt=1)
     """Two entries that the test does not separate are equivalent if they differ by less, for certain; 0.01 is one point."""
     baseline: Annotated[str, Names("evaluate")]
@@ -36,8 +36,9 @@ class Compare(Section):
 
 
 def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ...]) -> stage.Metrics:
-    """Write table.csv, pairs.csv, table.md, comparison.json and report.html from the artifacts of `evaluate`.
+    """Write table.csv, pairs.csv, table.md, comparison.json and report.html from the artifacts of `evaluate`, and what DVC plots.
 
+    The metrics are the ten figures of `series.summary`, the only ones that `dvc metrics show` and `dvc exp show` show.
     Their order is that of `entries`. Other folders in `evaluations`, left by entries that params.yaml no longer
     has, are not looked at.
     Raises UserError if the baseline has another role, or an entry is missing or was measured on other images than the baseline.
@@ -49,18 +50,19 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
         raise UserError(wrong)
     compared = with_agreement(against(params.baseline, read))
     notes = footnotes(compared)
-    whole = comparison.of_entries(params.title, params.baseline, compared, params.margin)
+    data = data_of(compared)
+    title = params.title or f"SSLD on {data.name}"
+    whole = comparison.of_entries(title, params.baseline, compared, params.margin)
     with artifact.writing(out) as tmp:
         (tmp / "table.csv").write_text(as_csv(compared, whole))
         (tmp / "pairs.csv").write_text(pairs_as_csv(whole))
         (tmp / "table.md").write_text(as_markdown(compared, notes))
         comparison.write(tmp, whole)
-        (tmp / "report.html").write_text(render(whole, compared, notes, evaluations.parent, out, params.licence))
-    print_table(params.title, compared, told(whole))
+        series.write(tmp / series.FOLDER, whole)
+        (tmp / "report.html").write_text(render(whole, compared, notes, evaluations.parent, out, params.licence or data.licence))
+    print_table(title, compared, told(whole))
     _say_leaks(evaluations.parent)
-    return {
-        e.name: {"top1": e.evaluation.val.top1, "holdout_top1": e.evaluation.holdout.top1, **difference_of(e)} for e in compared
-    }
+    return series.summary(whole)
 
 
 def show(out: Path) -> None:
@@ -69,7 +71,9 @@ def show(out: Path) -> None:
     print_table(saved.title, comparison.entries_of(saved), told(saved))
     _say_leaks(out.parents[1])
     gallery = gallery_of(out.parents[1])
+    stages = out.with_name("stages.html")
     sys.stderr.write(f"\nreport   {out / 'report.html'}\n")
+    sys.stderr.write(f"stages   {stages}: what ran, how long it took, and what DVC had already\n" if stages.exists() else "")
     sys.stderr.write(f"gallery  {gallery}: what the leak check found, and where to decide about it\n" if gallery.exists() else "")
     sys.stderr.write(f"runs     {MLFLOW}\n")
 

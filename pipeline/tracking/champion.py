@@ -29,6 +29,7 @@ from pipeline.harness.journal import DEFAULT_URI, experiment_name, given_tags, m
 from pipeline.report import comparison
 from pipeline.report.evaluation import Evaluation
 from pipeline.store import artifact
+from pipeline.tracking import logged
 from pipeline.tracking.comparison import complete
 from pipeline.tracking.experiment import Experiment
 
@@ -153,44 +154,16 @@ def _is_beaten(new: Any, champion: str | None, client: Any) -> bool:
 def _new_version(
     experiment: Experiment, folder: Path, run_id: str | None, metrics: Mapping[str, float], tags: Mapping[str, str]
 ) -> str:
-    import mlflow
-    from mlflow.models import Model
-
-    from pipeline.models import checkpoint  # imports torch: seconds that only a new version takes
-
-    mlflow.set_tracking_uri(experiment.uri)  # where the registry looks for a logged model, whatever client it was asked by
-    client, description = experiment.client, checkpoint.describe(folder)
-    logged = client.create_logged_model(
-        experiment.experiment_id, name=MODEL, source_run_id=run_id, tags=dict(tags), params={"arch": description.arch}
-    )
-    with tempfile.TemporaryDirectory() as copy:
-        for file in folder.iterdir():
-            (Path(copy) / file.name).symlink_to(file.absolute())
-        how_to_load = {"weights": checkpoint.WEIGHTS, "description": checkpoint.DESCRIPTION}
-        takes = signature(description.classes, description.input.size)
-        model = Model(artifact_path=MODEL, signature=takes, flavors={"winnow": how_to_load}, model_id=logged.model_id)
-        model.save(str(Path(copy) / "MLmodel"))
-        client.log_model_artifacts(logged.model_id, copy)
-    client.finalize_logged_model(logged.model_id, "READY")
+    client = experiment.client
+    model_id = logged.log(experiment, folder, MODEL, run_id, tags)
     if run_id is not None:
         for name, value in metrics.items():
-            client.log_metric(run_id, f"champion.{name}", value, model_id=logged.model_id)
+            client.log_metric(run_id, f"champion.{name}", value, model_id=model_id)
     made = client.create_model_version(
-        MODEL, f"models:/{logged.model_id}", run_id=run_id, model_id=logged.model_id, await_creation_for=0,
+        MODEL, f"models:/{model_id}", run_id=run_id, model_id=model_id, await_creation_for=0,
         tags={**tags, **{name: f"{value:.6g}" for name, value in metrics.items()}},
     )  # fmt: skip
     return str(made.version)
-
-
-def signature(classes: Sequence[str], size: int) -> Any:
-    """What a network takes and gives: (N, 3, size, size) float32, normalised as model.json says, and (N, C) float32 logits."""
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    pixels = TensorSpec(np.dtype(np.float32), (-1, 3, size, size), "pixels")
-    logits = TensorSpec(np.dtype(np.float32), (-1, len(classes)), "logits")
-    return ModelSignature(inputs=Schema([pixels]), outputs=Schema([logits]))
 
 
 def links(experiment: Experiment, run_id: str, version: str | None) -> dict[str, str]:

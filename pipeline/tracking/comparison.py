@@ -10,10 +10,14 @@ from pipeline.harness.journal import run_name
 from pipeline.tracking.experiment import Experiment, milliseconds, shortened
 
 TAG_LIMIT = 5000
+Row = dict[str, Any]
+"""A stage of a comparison: its name (`stage`), `status`, `seconds` (None where it was restored), `run_id`, `link` and `key`."""
 
 
-def complete(experiment: Experiment, parent: str, lineage: Mapping[str, Any], end: Mapping[str, Any], table: Path) -> None:
+def complete(experiment: Experiment, parent: str, lineage: Mapping[str, Any], end: Mapping[str, Any], table: Path) -> list[Row]:
     """Give a comparison one child run for every stage it was made from, all their params and metrics, and a table of them.
+
+    Returns the table, which is also written to `table`.
 
     Executed: its run since the last comparison becomes the child. Unchanged: DVC had nothing to do; the child is a copy
     that names the run it stands for (winnow.source). Restored: no run is known, since DVC took the outcome from its cache
@@ -21,7 +25,7 @@ def complete(experiment: Experiment, parent: str, lineage: Mapping[str, Any], en
     """
     children = {run.data.tags.get("winnow.key"): run for run in experiment.search("mlflow.parentRunId", parent)}
     names = Counter(run_name(record) for record in lineage.values())
-    rows, all_params, all_metrics = [], dict[str, Any](), dict[str, float]()
+    rows, all_params, all_metrics = list[Row](), dict[str, Any](), dict[str, float]()
     for key, record in sorted(lineage.items(), key=lambda item: run_name(item[1])):
         metrics = numbers_of(end.get("compared", {}).get(key, {}))
         child = children.get(key)
@@ -34,14 +38,16 @@ def complete(experiment: Experiment, parent: str, lineage: Mapping[str, Any], en
         all_metrics |= {f"{name}.{k}": v for k, v in metrics.items()}
         link = f"#/experiments/{experiment.experiment_id}/runs/{child.info.run_id}"
         status = child.data.tags["winnow.status"]
-        rows.append({"stage": name, "status": status, "run_id": child.info.run_id, "link": link, "key": key})
+        seconds = (child.info.end_time - child.info.start_time) / 1000 if status != "restored" else None
+        rows.append({"stage": name, "status": status, "seconds": seconds, "run_id": child.info.run_id, "link": link, "key": key})
     experiment.log(parent, all_params, [(name, value, end["time"], 0) for name, value in all_metrics.items()])
     table.parent.mkdir(exist_ok=True)
     table.write_text(json.dumps(rows, indent=1) + "\n")
     experiment.client.set_tag(parent, "mlflow.note.content", _note(rows))
+    return rows
 
 
-def _note(rows: list[dict[str, str]]) -> str:
+def _note(rows: list[Row]) -> str:
     """What MLflow shows as the description of a comparison: its stages, with links to their runs."""
     counts = Counter(row["status"] for row in rows)
     summary = f"{len(rows)} stages: " + ", ".join(f"{counts[s]} {s}" for s in ("executed", "unchanged", "restored"))

@@ -71,13 +71,24 @@ class Experiment:
         run = self.client.create_run(self.experiment_id, start_time=milliseconds(start), run_name=name, tags=dict(tags))
         return str(run.info.run_id)
 
-    def log(self, run_id: str, params: Mapping[str, Any], metrics: Sequence[tuple[str, float, float, int]]) -> None:
-        """Params by name, and metrics as (name, value, time, step), in as few requests as MLflow's limits allow."""
+    def log(
+        self,
+        run_id: str,
+        params: Mapping[str, Any],
+        metrics: Sequence[tuple[str, float, float, int]],
+        model_id: str | None = None,
+    ) -> None:
+        """Params by name, and metrics as (name, value, time, step), in as few requests as MLflow's limits allow.
+
+        `model_id`: of the logged model whose metrics they are, too.
+        """
         from mlflow.entities import Metric, Param
 
         client = self.client
         all_params = [Param(_legal(name), shortened(value, 6000)) for name, value in params.items()]
-        all_metrics = [Metric(_legal(name), value, milliseconds(at), step) for name, value, at, step in metrics]
+        all_metrics = [
+            Metric(_legal(name), value, milliseconds(at), step, model_id=model_id) for name, value, at, step in metrics
+        ]
         for some, others in itertools.zip_longest(_chunks(all_params, 100), _chunks(all_metrics, 900), fillvalue=()):
             client.log_batch(run_id, params=some, metrics=others)
 

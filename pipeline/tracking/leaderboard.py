@@ -5,8 +5,10 @@ The experiment of the stages has a run for each stage and hundreds of numbers; w
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from pipeline.tracking import logged
 from pipeline.tracking.comparison import numbers_of, originals, params_of
 from pipeline.tracking.experiment import Experiment, milliseconds
 
@@ -26,33 +28,37 @@ COLUMNS = [
 ]
 
 
-def write(board: Experiment, stages: Experiment, lineage: Mapping[str, Any], end: Mapping[str, Any]) -> None:
+def write(board: Experiment, stages: Experiment, record: Mapping[str, Any], end: Mapping[str, Any]) -> None:
     """A finished run for each evaluation of a comparison, named for its entry; one that is there is written once more.
 
-    `board`: the experiment of the models. `stages`: that of the runs of all stages, where the learning curves are. `lineage`: the
-    records of the comparison, by key. `end`: its last event.
+    `board`: the experiment of the models. `stages`: that of the runs of all stages, where the learning curves are. `record`: that
+    of the comparison. `end`: its last event.
     """
+    lineage, baseline = record["lineage"], record["params"].get("baseline")
     compared, now = end.get("compared", {}), end["time"]
     order = {"searchFilter": f"tags.`{LATEST}` = 'yes'", "orderByKey": "metrics.`val_top1`", "orderByAsc": False}
     board.client.set_experiment_tag(board.experiment_id, SHARED_VIEW, json.dumps({**order, "selectedColumns": COLUMNS}))
     known = {run.data.tags.get("winnow.key"): run for run in board.search(LATEST, "yes") + board.search(LATEST, "no")}
-    shown = {key: record for key, record in lineage.items() if record["stage"] == "evaluate"}
+    shown = {key: evaluated for key, evaluated in lineage.items() if evaluated["stage"] == "evaluate"}
+    base = next((compared.get(key, {}).get("val_top1") for key, one in shown.items() if one["entry"] == baseline), None)
     for key, run in known.items():
         if key not in shown and run.data.tags[LATEST] == "yes":
             board.client.set_tag(run.info.run_id, LATEST, "no")
-    for key, record in shown.items():
-        entry, trained_by = record["entry"], record["inputs"].get("model", {}).get("key")
+    for key, evaluated in shown.items():
+        entry, trained_by = evaluated["entry"], evaluated["inputs"].get("model", {}).get("key")
         training = lineage.get(trained_by, {})
         measured, trained = compared.get(key, {}), compared.get(trained_by, {})
-        gain = (end["metrics"].get(entry) or {}).get("delta")
+        top1 = measured.get("val_top1")
+        gain = top1 - base if top1 is not None and base is not None and entry != baseline else None
         figures = {name: measured.get(name) for name in FIGURES} | {name: trained.get(name) for name in OF_TRAINING}
         told = [(name, value, now, 0) for name, value in numbers_of({"over_baseline": gain, **figures}).items()]
         run = known.get(key)
-        run_id = run.info.run_id if run else board.create(entry, now, _tags(key, record, training))
+        run_id = run.info.run_id if run else board.create(entry, now, _tags(key, evaluated, training))
         board.client.set_tag(run_id, LATEST, "yes")
         params = {name: value for name, value in params_of(training).items() if name in PARAMS} if training else {}
-        board.log(run_id, {"role": record["params"].get("role"), **params}, told + list(_curves(stages, trained_by)))
-        _log_data(board, run_id, record, training, lineage, compared)
+        board.log(run_id, {"role": evaluated["params"].get("role"), **params}, list(_curves(stages, trained_by)))
+        board.log(run_id, {}, told, _model(board, run_id, evaluated))
+        _log_data(board, run_id, evaluated, training, lineage, compared)
         board.client.set_terminated(run_id, "FINISHED", end_time=milliseconds(now))
 
 
@@ -91,19 +97,13 @@ def _log_data(
     """The manifests that a model learned from and was measured on: name, digest, rows, and what the leak check removed."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    counts = {
-        f"data/{r['stage']}/{n}": v for k, r in lineage.items() for n, v in compared.get(k, {}).items() if isinstance(v, int)
-    }
     found: dict[str, Any] = {}
     for role, given in (("training", training.get("inputs", {})), ("evaluation", record["inputs"])):
         names = ("chosen", "train") if role == "training" else ("val", "holdout")
         found |= {given[name]["path"]: (role, given[name]) for name in names if name in given}
     inputs = []
     for path, (role, given) in found.items():
-        rows, pool = counts.get(path), counts.get("data/dedup/pool")
-        kept = counts.get("data/dedup/kept")
-        removed = pool - kept if path.startswith("data/dedup/pool") and pool is not None and kept is not None else None
-        profile = {name: value for name, value in (("rows", rows), ("leaks_removed", removed)) if value is not None}
+        profile = _profile(lineage.get(given["key"], {}), path, compared.get(given["key"], {}))
         dataset = Dataset(
             name=path.removeprefix("data/"),
             digest=given["identity"][:16],
@@ -113,3 +113,31 @@ def _log_data(
         )
         inputs.append(DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", role)]))
     board.client.log_inputs(run_id, datasets=inputs)
+
+
+def _profile(made_by: Mapping[str, Any], path: str, metrics: Mapping[str, Any]) -> dict[str, int]:
+    """The rows of a manifest, and what the leak check took out of it, from the record and the metrics of the stage that wrote it;
+    nothing of what is not known."""
+    name = path.rpartition("/")[2]
+    if made_by.get("stage") == "dedup":
+        before, removed = metrics.get(name), metrics.get(f"{name}_removed")
+        if name == "pool" and before is not None and "kept" in metrics:
+            removed = before - metrics["kept"]
+        return {"rows": before - removed, "leaks_removed": removed} if before is not None and removed is not None else {}
+    rows = metrics.get(name if made_by.get("stage") == "prepare" else "images")
+    return {"rows": rows} if isinstance(rows, int) else {}
+
+
+def _model(board: Experiment, run_id: str, record: Mapping[str, Any]) -> str | None:
+    """The id of the logged model of an entry, made if it is new; None where its folder holds another by now, or no model."""
+    from mlflow.entities import LoggedModelOutput
+
+    entry, given = record["entry"], record["inputs"].get("model")
+    model_id = logged.find(board, entry, record["key"])
+    if model_id is None and given and logged.is_there(Path(given["path"]), given):
+        tags = {"winnow.key": record["key"], "winnow.model": given["path"]}
+        model_id = logged.log(board, Path(given["path"]), entry, run_id, tags)
+    outputs = board.client.get_run(run_id).outputs
+    if model_id is not None and not (outputs and outputs.model_outputs):
+        board.client.log_outputs(run_id, models=[LoggedModelOutput(model_id, 0)])
+    return model_id

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from pipeline.harness import credentials
 from pipeline.harness.journal import mirror_command, run_name, try_lock
-from pipeline.tracking import leaderboard
+from pipeline.tracking import leaderboard, stages
 from pipeline.tracking.comparison import TAG_LIMIT, complete, numbers_of, originals, params_of, tags_of
 from pipeline.tracking.experiment import Experiment, milliseconds, say, shortened
 from pipeline.tracking.waiting import Waiting, journal_files, set_aside
@@ -186,9 +186,10 @@ class Mirror:
             client.set_tag(run_id, "winnow.dvc_lock", journal.state.dvc_lock)
         files = journal.path.with_suffix(".files")
         if end["status"] == "FINISHED" and journal.begin["gathers"]:
-            complete(experiment, run_id, record["lineage"], end, files / "runs.json")
+            rows = complete(experiment, run_id, record["lineage"], end, files / "runs.json")
+            stages.write(record, rows, end["time"] - journal.begin["time"], files)
             board = self._experiment(journal, leaderboard.SUFFIX)
-            leaderboard.write(board, experiment, record["lineage"], end)
+            leaderboard.write(board, experiment, record, end)
         client.set_terminated(run_id, end["status"], end_time=milliseconds(end["time"]))
         # After the numbers: a server whose artifact store is out of reach shall not keep the run open.
         if files.is_dir():

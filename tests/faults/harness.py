@@ -221,13 +221,13 @@ def _filled(tree: Any, values: dict[str, Any]) -> Any:
 def _command(name: str, key: str | None, spec: dict[str, Any]) -> Command:
     argv = [*([key] if key else []), *spec["cmd"].split()[3:]]
     paths = {flag: Path(value) for flag, value in itertools.pairwise(argv) if flag.startswith("--")}
-    metrics = [Path(next(iter(m))) for m in spec["metrics"]]
+    outs = [Path(next(iter(out))) if isinstance(out, dict) else Path(out) for out in [*spec["outs"], *spec.get("metrics", ())]]
     return Command(
         f"{name}@{key}" if key else name,
         name,
         tuple(argv),
         tuple(path for flag, path in paths.items() if not stage.is_out(flag[2:].replace("-", "_"))),
-        (*map(Path, spec["outs"]), *metrics),
+        tuple(outs),
     )
 
 

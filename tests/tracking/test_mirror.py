@@ -129,7 +129,7 @@ def test_small_files_are_kept_as_they_were_when_the_stage_ended(store: Experimen
     send()
     got = Path(store.client.download_artifacts(the_run(store).info.run_id, ""))
     files = {p.relative_to(got).as_posix() for p in got.rglob("*") if p.is_file()}
-    assert files == {"metrics.json", "out/report.html", "out/plots/a.png", "runs.json"}
+    assert files == {"metrics.json", "out/report.html", "out/plots/a.png", "runs.json", "stages.html"}
     assert (got / "out/report.html").read_text() == "first"
     assert json.loads((got / "metrics.json").read_text()) == {"note": "text"}
 
