@@ -1,10 +1,12 @@
-"""What is no stage: what can be said of params.yaml without running one, and a trained model's answers about pictures.
+"""What is no stage: what can be said of params.yaml without running one, a trained model's answers, and a look at a selection.
 
 python -m pipeline check [--params FILE]     the mistakes in keys, values and names, all at once; exit status 2 if there is one;
                                              a dvc.lock that a kill left broken is put back
 python -m pipeline schema                    write params.schema.json, by which editors complete and check
 python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
 python -m pipeline predict MODEL IMAGES...   classify pictures (`predict --help` says what it takes)
+python -m pipeline forecast SCORES           before a student is trained: how pure selections will be, which k, whether it pays
+python -m pipeline gallery SELECTION         a page of what was selected, and of labels that may be wrong
 """
 
 import argparse
@@ -20,6 +22,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic.json_schema import models_json_schema
 
+from pipeline.advice import arguments as advising
 from pipeline.harness import lockfile
 from pipeline.harness.machine import Machine
 from pipeline.harness.reference import Row, rows, summary, told
@@ -38,11 +41,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,predict}")
+    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,predict,forecast,gallery}")
     commands.add_parser("check").add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
     commands.add_parser("schema")
     commands.add_parser("reference")
     predicting.add_arguments(commands.add_parser("predict", description=predicting.DESCRIPTION))
+    advising.add_forecast(commands.add_parser("forecast", description=advising.FORECAST))
+    advising.add_gallery(commands.add_parser("gallery", description=advising.GALLERY))
     args = parser.parse_args()
     with exit_codes("it begins anew"):
         if args.do == "schema":
@@ -53,6 +58,14 @@ def main() -> None:
             from pipeline.predict import command  # torch, and only here
 
             sys.stderr.write(f"{command.run(args)}\n")
+        elif args.do == "forecast":
+            from pipeline.advice import forecast
+
+            sys.stdout.write(f"{forecast.run(args)}\n")
+        elif args.do == "gallery":
+            from pipeline.advice import gallery
+
+            sys.stderr.write(f"{gallery.run(args)}\n")
         else:
             if told_of_lock := lockfile.mend(WORK):
                 sys.stderr.write(f"{told_of_lock}\n")
