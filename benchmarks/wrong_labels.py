@@ -3,10 +3,11 @@
     python -m benchmarks.wrong_labels data/teach/teacher --share 0.1 --save .scratch/wrong.npz
     python -m benchmarks.wrong_labels --read .scratch/wrong.npz          # where cleanlab is installed: pip install cleanlab
 
-The first plants wrong labels in the training set, each drawn evenly from the other classes, and trains the teacher without
-each of `--folds` parts, as `gallery --folds` does. The second compares who finds them in the same probabilities: precision is
-the share of the suspects that were planted, recall the share of the planted that are suspects. Images whose own label is wrong
-from the start count against the precision of both. It needs numpy and cleanlab, and nothing else of winnow.
+The first plants wrong labels, each drawn evenly from the other classes, among the held-out images, which the teacher checks; with
+`--folds`, among the training images, and trains the teacher without each part, as `gallery --folds` does. The second compares who
+finds them in the same probabilities: precision is the share of the suspects that were planted, recall the share of the planted
+that are suspects. Images whose own label is wrong from the start count against the precision of both. The second needs numpy and
+cleanlab, and nothing else of winnow.
 """
 
 import argparse
@@ -24,8 +25,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path, nargs="?", help="what `teach` has trained (data/teach/teacher)")
     parser.add_argument("--data", type=Path, default=Path("data/dedup"), help="where train and holdout are")
-    parser.add_argument("--share", type=float, default=0.1, help="of the training labels, to be made wrong")
-    parser.add_argument("--folds", type=int, default=4)
+    parser.add_argument("--share", type=float, default=0.1, help="of the labels, to be made wrong")
+    parser.add_argument("--folds", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="keep the probabilities here")
     parser.add_argument("--read", type=Path, help="compare on what --save kept")
@@ -52,19 +53,22 @@ def planted(teacher: Path, data: Path, share: float, folds: int, seed: int) -> t
     """(N, C) probabilities by networks that have not seen the image, (N,) labels of which a share is wrong, and (N,) which."""
     import pyarrow as pa
 
-    from pipeline.advice import gallery
+    from pipeline.advice import answers, gallery
     from pipeline.harness.machine import Machine
     from pipeline.store import artifact, manifest
 
-    train, rng = manifest.read(data / "train"), np.random.default_rng(seed)
-    labels, classes = train.labels(), len(train.classes)
+    images, rng = manifest.read(data / ("train" if folds else "holdout")), np.random.default_rng(seed)
+    labels, classes = images.labels(), len(images.classes)
     is_wrong = np.zeros(len(labels), bool)
     is_wrong[rng.permutation(len(labels))[: round(share * len(labels))]] = True
     labels = np.where(is_wrong, (labels + rng.integers(1, classes, len(labels))) % classes, labels)
-    table = train.table.set_column(train.table.schema.get_field_index("label"), "label", pa.array(labels, pa.int32()))
+    if not folds:
+        said = answers.logits(teacher, images.classes, images, Machine(), "holdout")
+        return answers.softmax(said), labels, is_wrong
+    table = images.table.set_column(images.table.schema.get_field_index("label"), "label", pa.array(labels, pa.int32()))
     changed = Path(".scratch", "wrong_labels", f"{share}-{seed}")
     with artifact.writing(changed / "train") as tmp:
-        manifest.write(tmp, table, train.classes)
+        manifest.write(tmp, table, images.classes)
     artifact.copy(data / "holdout", changed / "holdout")
     return gallery.crossed(teacher, changed, manifest.read(changed / "train"), folds, Machine()), labels, is_wrong
 

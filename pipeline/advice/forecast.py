@@ -18,7 +18,8 @@ from pipeline.store.scores import LOGSUMEXP, Scores, names_of
 
 PURE, DOUBTFUL = 0.8, 0.7
 """The expected purity, of a selection with at least as many images of each class as are labelled, from which SSLD is expected to
-gain over distilling on the labelled images alone, and below which it is not. A rule of thumb: docs/choosing.md says of what."""
+gain over distilling on the labelled images alone, and below which it is not; and so of the share of held-out images that the
+teacher names right: of a weak one fewer images are pure than it seems. Rules of thumb; docs/choosing.md says of what."""
 FEWEST = 100  # held-out images below which the forecast says how rough it is
 NAMED = 8  # classes named in a sentence
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> str:
         f"{len(pool.first):,} images of the pool, scored by {teacher}, which names {is_right.mean():.1%} of {len(holdout):,} "
         f"held-out images right.\nAbout {estimate.share:.0%} of the pool seem to belong to one of the {len(classes):,} classes.\n"
     )
-    return "\n".join([head, table(found), "", *advice(found, labelled, classes, len(holdout))])
+    return "\n".join([head, table(found), "", *advice(found, labelled, float(is_right.mean()), classes, len(holdout))])
 
 
 def of_scores(scored: Scores) -> Answers:
@@ -123,30 +124,37 @@ def table(found: Sequence[At]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (COLUMNS, *rows))
 
 
-def chosen(found: Sequence[At], labelled: int) -> tuple[At, str]:
+def chosen(found: Sequence[At], labelled: int, accuracy: float) -> tuple[At, str]:
     """The selection to take, and what to expect of it: `gain`, `perhaps`, or `none`.
 
     The largest k that is expected to be PURE; if that is smaller than `labelled`, the number of labelled images of a class, the
-    largest that is not DOUBTFUL; if that is smaller, too, the first k from `labelled` on.
+    largest that is not DOUBTFUL; if that is smaller, too, the first k from `labelled` on. `accuracy`: the teacher's, in 0..1, on
+    held-out images: the same bounds hold for it.
     """
-    for least, verdict in ((PURE, "gain"), (DOUBTFUL, "perhaps")):
+    verdicts = ("gain", "perhaps", "none")
+    most = sum(accuracy < least for least in (PURE, DOUBTFUL))
+    for rank, least in enumerate((PURE, DOUBTFUL)):
         good = [at for at in found if at.k >= labelled and at.purity >= least]
         if good:
-            return good[-1], verdict
+            return good[-1], verdicts[max(rank, most)]
     return next((at for at in found if at.k >= labelled), found[-1]), "none"
 
 
-def advice(found: Sequence[At], labelled: int, classes: Sequence[str], held: int) -> list[str]:
+def advice(found: Sequence[At], labelled: int, accuracy: float, classes: Sequence[str], held: int) -> list[str]:
     """Sentences: the k, what to expect, which classes are short or impure, and how far to trust it."""
-    at, verdict = chosen(found, labelled)
+    at, verdict = chosen(found, labelled, accuracy)
+    over = "over distilling on the labelled images alone"
     told = {
-        "gain": f"Choose k = {at.k:,}. SSLD is expected to gain over distilling on the labelled images alone.",
-        "perhaps": f"Choose k = {at.k:,}, if at all: with a purity between {DOUBTFUL:.0%} and {PURE:.0%} SSLD may gain over "
-        "distilling on the labelled images alone, or not. Train both.",
-        "none": f"SSLD is not expected to gain over distilling on the labelled images alone: {at.k:,} images of each class, of "
-        f"which about {labelled:,} are labelled, are too impure. A better teacher helps, or a pool with more of your classes.",
+        "gain": f"Choose k = {at.k:,}. SSLD is expected to gain {over}.",
+        "perhaps": f"Choose k = {at.k:,}, if at all: SSLD may gain {over}, or not. Train both.",
+        "none": f"SSLD is not expected to gain {over}. If you try it all the same: k = {at.k:,}.",
     }
-    lines = [told[verdict]]
+    lines, seen = [told[verdict]], f"from {PURE:.0%} on a gain was seen"
+    if accuracy < PURE:
+        lines.append(f"The teacher names {accuracy:.0%} of the held-out images right; {seen}. A better one helps most.")
+    if at.purity < PURE:
+        few = f"{at.k:,} images of each class, of which about {labelled:,} are labelled,"
+        lines.append(f"{few} are expected to be {at.purity:.0%} pure; {seen}. A pool with more of your classes helps.")
     if short := [f"{classes[c]} {at.taken[c]:,}" for c in np.argsort(at.taken, kind="stable") if at.taken[c] < at.k]:
         lines.append(f"Fewer than {at.k:,}: {_some(short)}.")
     if impure := [f"{classes[c]} {at.expected[c]:.0%}" for c in np.argsort(at.expected) if at.expected[c] < DOUBTFUL]:

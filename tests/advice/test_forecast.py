@@ -75,16 +75,21 @@ def at(k: int, pure: float) -> At:
 
 
 @pytest.mark.parametrize(
-    ("purities", "k", "verdict"),
+    ("purities", "accuracy", "k", "verdict"),
     [
-        ({10: 0.95, 50: 0.9, 100: 0.82, 200: 0.75, 500: 0.5}, 100, "gain"),
-        ({10: 0.95, 50: 0.78, 100: 0.72, 200: 0.6}, 100, "perhaps"),
-        ({10: 0.95, 50: 0.6, 100: 0.5}, 50, "none"),
-        ({10: 0.95, 20: 0.9}, 20, "none"),  # fewer than are labelled
+        ({10: 0.95, 50: 0.9, 100: 0.82, 200: 0.75, 500: 0.5}, 0.9, 100, "gain"),
+        ({10: 0.95, 50: 0.9, 100: 0.82, 200: 0.75, 500: 0.5}, 0.75, 100, "perhaps"),
+        ({10: 0.95, 50: 0.9, 100: 0.82, 200: 0.75, 500: 0.5}, 0.6, 100, "none"),
+        ({10: 0.95, 50: 0.78, 100: 0.72, 200: 0.6}, 0.9, 100, "perhaps"),
+        ({10: 0.95, 50: 0.78, 100: 0.72, 200: 0.6}, 0.75, 100, "perhaps"),
+        ({10: 0.95, 50: 0.6, 100: 0.5}, 0.9, 50, "none"),
+        ({10: 0.95, 20: 0.9}, 0.9, 20, "none"),  # fewer than are labelled
     ],
 )
-def test_the_largest_pure_k_is_chosen_if_it_adds_as_much_as_is_labelled(purities: dict[int, float], k: int, verdict: str) -> None:
-    found, said = chosen([at(k, pure) for k, pure in purities.items()], labelled=50)
+def test_the_largest_pure_k_is_chosen_if_it_adds_as_much_as_is_labelled(
+    purities: dict[int, float], accuracy: float, k: int, verdict: str
+) -> None:
+    found, said = chosen([at(k, pure) for k, pure in purities.items()], 50, accuracy)
     assert (found.k, said) == (k, verdict)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,8 @@ def run_all(recipe: dict[str, Any]) -> None:
         for key, entry in entries.items():
             cmd = stanza["cmd"] if key is None else stanza["do"]["cmd"]
             cmd = cmd.replace("${key}", str(key)).replace("${prepare.root}", recipe["prepare"]["root"]).replace('"', "")
-            cmd = re.sub(r"\$\{item\.(\w+)\}", lambda found, entry=entry: entry[found[1]], cmd)
+            for name_of, value in entry.items():
+                cmd = cmd.replace(f"${{item.{name_of}}}", str(value))
             run = importlib.import_module(f"pipeline.stages.{name}").run
             stage._main(run, cmd.split()[3:], False, "evaluate" if name == "compare" else None)
 
