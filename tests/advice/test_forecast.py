@@ -106,7 +106,8 @@ def test_the_command_tells_and_writes_it(tmp_path: Path) -> None:
     text = forecast.run(parser.parse_args([str(data / "score"), "--k", "50", "5", *given, "--csv", str(tmp_path / "f.csv")]))
     assert "60 images of the pool, scored by " in text
     assert "36 held-out images are few" in text
-    rows = [line.split() for line in text.splitlines() if line.lstrip().startswith(("5 ", "50 "))]
+    rows = [line.split() for line in text.split("\n\n")[1].splitlines()[1:]]
+    assert [row[0] for row in rows] == ["5", "50"]
     with (tmp_path / "f.csv").open() as f:
         written = list(csv.DictReader(f))
     assert [(row["class"], row["k"]) for row in written] == [(name, k) for k in ("5", "50") for name in CLASSES]
