@@ -1,4 +1,4 @@
-"""What is no stage: what can be said of params.yaml without running one, and a trained model's answers about pictures.
+"""What is no stage: what can be said of params.yaml without running one, a trained model's answers, and a look at a selection.
 
 python -m pipeline check [--params FILE]     the mistakes in keys, values and names, all at once; exit status 2 if there is one;
                                              a dvc.lock that a kill left broken is put back; --names: the names alone
@@ -7,6 +7,8 @@ python -m pipeline reference                 write docs/params.md: every key, it
 python -m pipeline bundle FOLDER --out OUT   put the files of a folder into tars (`bundle --help`)
 python -m pipeline predict MODEL IMAGES...   classify pictures (`predict --help` says what it takes)
 python -m pipeline estimate STAGE...         how long stages will take, as JSON: what `make plan` shows as a table
+python -m pipeline forecast SCORES           before a student is trained: how pure selections will be, which k, whether it pays
+python -m pipeline gallery SELECTION         a page of what was selected, and of labels that may be wrong
 """
 
 import argparse
@@ -21,6 +23,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic.json_schema import models_json_schema
 
+from pipeline.advice import arguments as advising
 from pipeline.harness import lockfile
 from pipeline.harness.machine import Machine
 from pipeline.harness.reference import Row, rows, summary, told
@@ -40,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,bundle,predict,estimate}")
+    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,bundle,predict,estimate,forecast,gallery}")
     checking = commands.add_parser("check")
     checking.add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
     checking.add_argument("--names", action="store_true", help="only whether the names are safe: before DVC reads the file")
@@ -49,6 +52,8 @@ def main() -> None:
     bundling.add_arguments(commands.add_parser("bundle", description=bundling.DESCRIPTION))
     predicting.add_arguments(commands.add_parser("predict", description=predicting.DESCRIPTION))
     estimating.add_arguments(commands.add_parser("estimate", description=estimating.DESCRIPTION))
+    advising.add_forecast(commands.add_parser("forecast", description=advising.FORECAST))
+    advising.add_gallery(commands.add_parser("gallery", description=advising.GALLERY))
     args = parser.parse_args()
     with exit_codes("it goes on where it stopped" if args.do == "bundle" else "it begins anew"):
         if args.do == "schema":
@@ -61,6 +66,14 @@ def main() -> None:
             from pipeline.predict import command  # torch, and only here
 
             sys.stderr.write(f"{command.run(args)}\n")
+        elif args.do == "forecast":
+            from pipeline.advice import forecast
+
+            sys.stdout.write(f"{forecast.run(args)}\n")
+        elif args.do == "gallery":
+            from pipeline.advice import gallery
+
+            sys.stderr.write(f"{gallery.run(args)}\n")
         elif args.do == "estimate":
             params.read(args.params)  # a mistake is told before torch is imported
             from pipeline.planning import command as planning
