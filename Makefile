@@ -25,6 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 run: $(STAMP)  ## the whole job of params.yaml: by default on scenes that winnow draws
 	@python -m pipeline check
+	@python -m pipeline scan
 	dvc repro
 	@python -m pipeline.tracking flush
 	@python -m pipeline.stages.compare --show data/compare/results

@@ -65,11 +65,13 @@ async def winnow(
         log.info("working in %s", folder)
     await check(folder)
     env = {"WINNOW_TAGS": json.dumps(tracking.tags()), "MLFLOW_TRACKING_URI": tracking.uri(workspace)}
+    await scan(folder)
     graph = await asyncio.to_thread(dag.read, folder)
     plan = graph.upstream(targets or [])
     changes = await asyncio.to_thread(dag.stale, folder, plan)
     if folder != workspace:
         await asyncio.to_thread(worktree.link_sources, workspace, folder, dag.missing_sources(folder, changes))
+        await scan(folder)
     where = Where(folder, workspace, force, env, share=await asyncio.to_thread(dag.has_remote, folder))
     todo = [s for s in plan if force or s in graph.affected(changes)]
     log.info("%d of %d stages are up to date, to do: %s", len(plan) - len(todo), len(plan), ", ".join(todo) or "nothing")
@@ -107,6 +109,13 @@ async def winnow(
 async def check(folder: Path) -> None:
     """Raises WrongParams with all that is wrong in params.yaml: a stage would say so only when DVC has removed its old output."""
     ended = await child.run(["python", "-m", "pipeline", "check"], cwd=folder, env=dag.environment())
+    if ended.code:
+        raise WrongParams(ended.text.partition("error: ")[2] or ended.text)
+
+
+async def scan(folder: Path) -> None:
+    """Raises WrongParams with what DVC cannot watch: at a pipe it would wait for ever."""
+    ended = await child.run(["python", "-m", "pipeline", "scan"], cwd=folder, env=dag.environment())
     if ended.code:
         raise WrongParams(ended.text.partition("error: ")[2] or ended.text)
 

@@ -2,6 +2,7 @@
 
 python -m pipeline check [--params FILE]     the mistakes in keys, values and names, all at once; exit status 2 if there is one;
                                              a dvc.lock that a kill left broken is put back
+python -m pipeline scan [--params FILE]      what DVC cannot watch in `prepare.root` and in files that entries name: exit status 2
 python -m pipeline schema                    write params.schema.json, by which editors complete and check
 python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
 python -m pipeline predict MODEL IMAGES...   classify pictures (`predict --help` says what it takes)
@@ -20,7 +21,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic.json_schema import models_json_schema
 
-from pipeline.harness import lockfile
+from pipeline.harness import lockfile, scan
 from pipeline.harness.machine import Machine
 from pipeline.harness.reference import Row, rows, summary, told
 from pipeline.harness.stage import PARAMS_FILE, WORK, exit_codes, is_out
@@ -38,8 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,predict}")
-    commands.add_parser("check").add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
+    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,scan,schema,reference,predict}")
+    for name in ("check", "scan"):
+        commands.add_parser(name).add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
     commands.add_parser("schema")
     commands.add_parser("reference")
     predicting.add_arguments(commands.add_parser("predict", description=predicting.DESCRIPTION))
@@ -49,6 +51,8 @@ def main() -> None:
             SCHEMA.write_text(schema())
         elif args.do == "reference":
             REFERENCE.write_text(reference())
+        elif args.do == "scan":
+            scan.expect_watchable(params.parsed(args.params))
         elif args.do == "predict":
             from pipeline.predict import command  # torch, and only here
 
