@@ -20,16 +20,16 @@ STEP = 10_000  # files between two looks at the clock
 SHOWN = 5
 LINKED = "links to folders"
 ADVICE = {
-    LINKED: "DVC does not look behind them, so what changes there makes nothing stale. Put folders of links to the files in their "
-    'place: `cp -rs "$(realpath LINK)" NEW && rm LINK && mv NEW LINK`',
+    LINKED: "DVC does not look behind them, so what changes there makes nothing stale. Put folders of links to the files "
+    'in their place: `cp -rs "$(realpath LINK)" NEW && rm LINK && mv NEW LINK`',
     "pipes": "DVC would wait for ever for what they say. Remove them",
     "devices": "they are no files, and may have no end. Remove them",
     "sockets": "they are no files. Remove them",
     "links to nothing": "Remove them, or put back what they name",
-    "names that are not UTF-8": "DVC cannot write them down. Rename them: `convmv -f latin1 -t utf8 -r --notest FOLDER`, or by hand",
+    "names that are not UTF-8": "DVC cannot write them down. Rename them: `convmv -f latin1 -t utf8 -r --notest FOLDER`",
     "folders that cannot be read": "DVC passes over them without a word. Change their permissions, or take them away",
-    "repositories of their own (a folder `.dvc`)": "DVC does not look into them, so what changes there makes nothing stale. Remove "
-    "their folder `.dvc`, or take them away",
+    "repositories of their own (a folder `.dvc`)": "DVC does not look into them, so what changes there makes nothing stale. "
+    "Remove their folder `.dvc`, or take them away",
     "files named .dvcignore": "DVC refuses a folder that holds one. Remove them",
 }
 """What is wrong with some files, and what to do about it."""
@@ -42,8 +42,8 @@ class ScanError(UserError):
 def expect_watchable(tree: Mapping[str, Any]) -> int:
     """Look at `prepare.root` and all that a params file names below data/; the number of files seen.
 
-    Opens no file, and asks for the kind of those only that the folder's own list does not tell. Raises ScanError with all that DVC
-    cannot watch. What is not there yet, as what a stage makes, is passed over.
+    Opens no file, and asks for the kind of those only that the folder's own list does not tell. Raises ScanError with all that
+    DVC cannot watch. What is not there yet, as what a stage makes, is passed over.
     """
     counts, first = Counter[str](), dict[str, list[str]]()
     with progress.bar(None, "files", "scan") as bar:
@@ -60,7 +60,7 @@ def expect_watchable(tree: Mapping[str, Any]) -> int:
 
 
 def named(tree: Mapping[str, Any]) -> list[Path]:
-    """The files and folders that no stage makes and that DVC hashes: the root of the sources, and what entries name below data/."""
+    """The files and folders that DVC hashes and no stage makes: the root of the sources, and what entries name below data/."""
     prepare = tree.get("prepare")
     root = prepare.get("root") if isinstance(prepare, dict) else None
     paths = [Path(root)] if isinstance(root, str) and root else []

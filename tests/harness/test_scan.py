@@ -126,7 +126,12 @@ def test_files_are_not_asked_for_their_kind_one_by_one(house: Path, monkeypatch:
 def test_the_command_ends_with_2_without_torch_and_before_dvc(house: Path) -> None:
     (house / "params.yaml").write_text("prepare: {root: raw}\n")
     os.mkfifo(house / "raw" / "pipe")
-    code = "import sys; from pipeline import __main__ as m\nsys.argv = ['', 'scan']\ntry: m.main()\nfinally: print('torch' in sys.modules)"
+    code = (
+        "import sys; from pipeline import __main__ as m\n"
+        "sys.argv = ['', 'scan']\n"
+        "try: m.main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False
     )
