@@ -15,7 +15,7 @@ from pipeline.report import comparison
 from pipeline.report.comparison import difference_of
 from pipeline.report.entries import against, read_entry, with_agreement
 from pipeline.report.evaluation import not_a_baseline
-from pipeline.report.page import MLFLOW, gallery_of, leaks_of, render
+from pipeline.report.page import MLFLOW, gallery_of, gaps_of, leaks_of, render
 from pipeline.report.sentences import told
 from pipeline.report.table import as_csv, as_markdown, footnotes, pairs_as_csv, print_table
 from pipeline.store import artifact
@@ -57,7 +57,7 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
         comparison.write(tmp, whole)
         (tmp / "report.html").write_text(render(whole, compared, notes, evaluations.parent, out, params.licence))
     print_table(params.title, compared, told(whole))
-    _say_leaks(evaluations.parent)
+    _say_warnings(evaluations.parent)
     return {
         e.name: {"top1": e.evaluation.val.top1, "holdout_top1": e.evaluation.holdout.top1, **difference_of(e)} for e in compared
     }
@@ -67,14 +67,16 @@ def show(out: Path) -> None:
     """Print the table of the artifact `out`, and where to look next. Raises UserError if there is none."""
     saved = comparison.read(out)
     print_table(saved.title, comparison.entries_of(saved), told(saved))
-    _say_leaks(out.parents[1])
+    _say_warnings(out.parents[1])
     gallery = gallery_of(out.parents[1])
     sys.stderr.write(f"\nreport   {out / 'report.html'}\n")
     sys.stderr.write(f"gallery  {gallery}: what the leak check found, and where to decide about it\n" if gallery.exists() else "")
     sys.stderr.write(f"runs     {MLFLOW}\n")
 
 
-def _say_leaks(data: Path) -> None:
+def _say_warnings(data: Path) -> None:
+    for sentence in gaps_of(data):
+        sys.stderr.write(f"GAP: {sentence}\n")
     for sentence in leaks_of(data):
         sys.stderr.write(f"LEAK: {sentence}\n")
 
