@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from pydantic.json_schema import models_json_schema
 
 from pipeline.harness import lockfile, scan
@@ -84,7 +83,7 @@ def _run(stage: str) -> Any:
 def check(file: Path) -> None:
     """Raises ParamsError with all that is wrong in a params file for the data in this folder."""
     tree = params.parsed(file)
-    wrong = [*_aliases(file), *params.strangers(tree), *params.lacking(tree), *params.wrong_seed(tree)]
+    wrong = [*params.strangers(tree), *params.lacking(tree), *params.wrong_seed(tree)]
     types = sections()
     wrong += params.resolve(tree, Machine, ("machine",), tree.get("machine"))[1]
     for name, section in (shelves() | types).items():
@@ -101,7 +100,7 @@ def check(file: Path) -> None:
                 wrong += params.resolve(tree, section, (name, str(key)), value)[1]
                 wrong += _references(tree, section, f"{name}.{key}", value)
     if isinstance(tree.get("prepare"), dict) and isinstance(root := tree["prepare"].get("root"), str):
-        there = not _made(tree, root.removeprefix("data/")) if root.startswith("data/") else Path(root).exists()
+        there = not _made(tree, root.removeprefix("data/")) if root.startswith("data/") else _there(Path(root))
         if not there and not root.startswith("~"):
             wrong.append(f"`prepare.root` is {root!r}, which is not there. Correct it, or put the images there.")
     wrong += _baseline(tree)
@@ -118,15 +117,6 @@ def _baseline(tree: Mapping[str, Any]) -> list[str]:
     roles = {key: entry.get("role") for key, entry in entries.items() if isinstance(entry, dict)}
     wrong = not_a_baseline(name, roles)
     return [wrong] if wrong else []
-
-
-def _aliases(file: Path) -> Iterator[str]:
-    for event in yaml.parse(file.read_text()):
-        if isinstance(event, yaml.AliasEvent) and event.start_mark:
-            yield (
-                f"line {event.start_mark.line + 1}: the alias `*{event.anchor}`. `dvc exp run -S` loses changes of what aliases "
-                f"share, without a word. Name what is shared in {', '.join(f'`{shelf}`' for shelf in SHELVES.values())}."
-            )
 
 
 def _references(tree: Mapping[str, Any], section: type[Section], key: str, value: Any) -> Iterator[str]:
@@ -150,9 +140,14 @@ def _made(tree: Mapping[str, Any], path: str) -> str:
         if isinstance(known, dict | list) and entry in known:
             return ""
         return f"there is no `{entry}` in `{stage}`{params.similar(entry, known)}"
-    return (
-        "" if Path("data", path).exists() else f"no stage makes it, and data/{path} is not there{params.similar(stage, STAGES)}"
-    )
+    return "" if _there(Path("data", path)) else f"no stage makes it, and data/{path} is not there{params.similar(stage, STAGES)}"
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 # schema ---------------------------------------------------------------------------------------------------------------
