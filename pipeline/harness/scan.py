@@ -54,7 +54,7 @@ def expect_watchable(tree: Mapping[str, Any]) -> int:
                 if counts[what] <= SHOWN:
                     first.setdefault(what, []).append(where)
     if counts:
-        lines = [f"{n:,} {what}: {_told(first[what], n)}. {ADVICE[what]}." for what, n in sorted(counts.items())]
+        lines = [f"{what} ({n:,}): {_told(first[what], n)}. {ADVICE[what]}." for what, n in sorted(counts.items())]
         raise ScanError("DVC cannot watch all that params.yaml names. Nothing was run.\n" + "\n".join(lines))
     return seen.files
 

@@ -544,7 +544,7 @@ def test_classes_that_nothing_measures_are_told_at_the_head(four: Path, capsys: 
     text = Page((out / "report.html").read_text()).text
     assert text.index(sentence) < text.index("Results")
     metrics.write_text("{")
-    with pytest.raises(UserError, match=r"prepare/metrics.json does not hold the metrics of a stage. `dvc repro --force prep"):
+    with pytest.raises(UserError, match=r"prepare/metrics.json does not hold the metrics of a stage. Run `dvc repro --force"):
         compare.show(out)
 
 
