@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.harness import cache
+from pipeline.harness import cache, stage
 from pipeline.store import artifact
 
 
@@ -53,6 +53,14 @@ def test_a_damaged_copy_is_named(house: Path) -> None:
     for file in (house / "data/a/x", copy):
         file.write_text("broke")
     assert cache.advice(error()) == f" DVC's copy is damaged, too. Say: `rm -rf data/a {copy} && dvc repro`."
+
+
+def test_a_stage_ends_with_the_advice(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (house / "data/a/x").write_text("broke")
+    with pytest.raises(SystemExit) as end, stage.exit_codes("it begins anew"):
+        artifact.verify(Path("data/a"))
+    assert end.value.code == stage.WRONG_INPUT
+    assert capsys.readouterr().err.endswith("DVC's copy is whole. Say: `rm -rf data/a && dvc checkout data/a`.\n")
 
 
 def test_nothing_is_said_where_dvc_knows_nothing(house: Path) -> None:
