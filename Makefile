@@ -25,6 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 run: $(STAMP)  ## the whole job of params.yaml: by default on scenes that winnow draws
 	@python -m pipeline check
+	@python -m pipeline scan
 	-@python -m flows plan --save .scratch/plan.json
 	WINNOW_PLAN=.scratch/plan.json dvc repro
 	@python -m pipeline.tracking flush

@@ -27,7 +27,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 FLOW = "import asyncio; from flows.winnow import winnow; asyncio.run(winnow(elsewhere=False))"
 UNCHECKED = (
-    "from flows import winnow as w; w.check = lambda folder: __import__('asyncio').sleep(0); "  # for stages that are not winnow's
+    "from flows import winnow as w; w.check = w.scan = lambda folder: __import__('asyncio').sleep(0); "  # stages are not winnow's
 )
 
 

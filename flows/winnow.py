@@ -65,11 +65,13 @@ async def winnow(
         log.info("working in %s", folder)
     await check(folder)
     env = {"WINNOW_TAGS": json.dumps(tracking.tags()), "MLFLOW_TRACKING_URI": tracking.uri(workspace)}
+    await scan(folder)
     graph = await asyncio.to_thread(dag.read, folder)
     wanted = graph.upstream(targets or [])
     changes = await asyncio.to_thread(dag.stale, folder, wanted)
     if folder != workspace:
         await asyncio.to_thread(worktree.link_sources, workspace, folder, dag.missing_sources(folder, changes))
+        await scan(folder)
     where = Where(folder, workspace, force, env, share=await asyncio.to_thread(dag.has_remote, folder))
     todo = [s for s in wanted if force or s in graph.affected(changes)]
     log.info("%d of %d stages are up to date, to do: %s", len(wanted) - len(todo), len(wanted), ", ".join(todo) or "nothing")
@@ -120,6 +122,13 @@ async def check(folder: Path, *args: str) -> None:
     With `--names` of its names alone, which is what has to be known before DVC reads a file that comes from elsewhere.
     """
     ended = await child.run(["python", "-m", "pipeline", "check", *args], cwd=folder, env=dag.environment())
+    if ended.code:
+        raise WrongParams(ended.text.partition("error: ")[2] or ended.text)
+
+
+async def scan(folder: Path) -> None:
+    """Raises WrongParams with what DVC cannot watch: at a pipe it would wait for ever."""
+    ended = await child.run(["python", "-m", "pipeline", "scan"], cwd=folder, env=dag.environment())
     if ended.code:
         raise WrongParams(ended.text.partition("error: ")[2] or ended.text)
 

@@ -2,6 +2,7 @@
 
 python -m pipeline check [--params FILE]     the mistakes in keys, values and names, all at once; exit status 2 if there is one;
                                              a dvc.lock that a kill left broken is put back; --names: the names alone
+python -m pipeline scan [--params FILE]      what DVC cannot watch in `prepare.root` and in files that entries name: exit status 2
 python -m pipeline schema                    write params.schema.json, by which editors complete and check
 python -m pipeline reference                 write docs/params.md: every key, its type, default and meaning
 python -m pipeline bundle FOLDER --out OUT   put the files of a folder into tars (`bundle --help`)
@@ -20,11 +21,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from pydantic.json_schema import models_json_schema
 
 from pipeline.advice import arguments as advising
-from pipeline.harness import lockfile
+from pipeline.harness import lockfile, scan
 from pipeline.harness.machine import Machine
 from pipeline.harness.reference import Row, rows, summary, told
 from pipeline.harness.stage import PARAMS_FILE, WORK, exit_codes, is_out
@@ -43,9 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="do", required=True, metavar="{check,schema,reference,bundle,predict,estimate,forecast,gallery}")
-    checking = commands.add_parser("check")
-    checking.add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
+    commands = parser.add_subparsers(dest="do", required=True, metavar="COMMAND")
+    checking, scanning = commands.add_parser("check"), commands.add_parser("scan")
+    for reading in (checking, scanning):
+        reading.add_argument("--params", type=Path, default=PARAMS_FILE, metavar="FILE")
     checking.add_argument("--names", action="store_true", help="only whether the names are safe: before DVC reads the file")
     commands.add_parser("schema")
     commands.add_parser("reference")
@@ -62,6 +63,8 @@ def main() -> None:
             REFERENCE.write_text(reference())
         elif args.do == "bundle":
             sys.stderr.write(f"{bundling.bundle(args.folder, args.out, args.megabytes)}\n")
+        elif args.do == "scan":
+            scan.expect_watchable(params.parsed(args.params))
         elif args.do == "predict":
             from pipeline.predict import command  # torch, and only here
 
@@ -110,7 +113,7 @@ def check(file: Path) -> None:
     tree = params.parsed(file)
     if wrong := params.unsafe(tree):
         raise ParamsError(f"{file}: " + "\n".join(wrong))
-    wrong = [*_aliases(file), *params.strangers(tree), *params.lacking(tree), *params.wrong_seed(tree)]
+    wrong = [*params.strangers(tree), *params.lacking(tree), *params.wrong_seed(tree)]
     types = sections()
     wrong += params.resolve(tree, Machine, ("machine",), tree.get("machine"))[1]
     for name, section in (shelves() | types).items():
@@ -125,7 +128,7 @@ def check(file: Path) -> None:
                 wrong += params.resolve(tree, section, (name, str(key)), value)[1]
                 wrong += _references(tree, section, f"{name}.{key}", value)
     if isinstance(tree.get("prepare"), dict) and isinstance(root := tree["prepare"].get("root"), str):
-        there = not _made(tree, root.removeprefix("data/")) if root.startswith("data/") else Path(root).exists()
+        there = not _made(tree, root.removeprefix("data/")) if root.startswith("data/") else _there(Path(root))
         if not there and not root.startswith("~"):
             wrong.append(f"`prepare.root` is {root!r}, which is not there. Correct it, or put the images there.")
     wrong += _baseline(tree)
@@ -142,15 +145,6 @@ def _baseline(tree: Mapping[str, Any]) -> list[str]:
     roles = {key: entry.get("role") for key, entry in entries.items() if isinstance(entry, dict)}
     wrong = not_a_baseline(name, roles)
     return [wrong] if wrong else []
-
-
-def _aliases(file: Path) -> Iterator[str]:
-    for event in yaml.parse(file.read_text()):
-        if isinstance(event, yaml.AliasEvent) and event.start_mark:
-            yield (
-                f"line {event.start_mark.line + 1}: the alias `*{event.anchor}`. `dvc exp run -S` loses changes of what aliases "
-                f"share, without a word. Name what is shared in {', '.join(f'`{shelf}`' for shelf in SHELVES.values())}."
-            )
 
 
 def _references(tree: Mapping[str, Any], section: type[Section], key: str, value: Any) -> Iterator[str]:
@@ -174,9 +168,14 @@ def _made(tree: Mapping[str, Any], path: str) -> str:
         if isinstance(known, dict | list) and entry in known:
             return ""
         return f"there is no `{entry}` in `{stage}`{params.similar(entry, known)}"
-    return (
-        "" if Path("data", path).exists() else f"no stage makes it, and data/{path} is not there{params.similar(stage, STAGES)}"
-    )
+    return "" if _there(Path("data", path)) else f"no stage makes it, and data/{path} is not there{params.similar(stage, STAGES)}"
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 # schema ---------------------------------------------------------------------------------------------------------------

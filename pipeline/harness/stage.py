@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.errors import UserError
-from pipeline.harness import durations, lockfile, parent, ranks, reference, scratch
+from pipeline.harness import cache, durations, lockfile, parent, ranks, reference, scratch
 from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal, open_journal, project_folder
 from pipeline.harness.machine import Machine
@@ -65,7 +65,7 @@ def exit_codes(repeated: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _stop(str(error), WRONG_INPUT)
+        _stop(f"{error}{cache.advice(error)}", WRONG_INPUT)
     except OSError as error:
         if error.errno in artifact.FULL:
             what, mend = ("the disk is full", "Free space") if error.errno != errno.EFBIG else TOO_LARGE
@@ -215,7 +215,9 @@ def _record(
         origin = artifact.record(path)
         seen[name] = {"path": path.as_posix(), "identity": artifact.identity(path), "key": origin.get("key")}
         for made_by in filter(None, [origin, *(artifact.record(path / entry) for entry in entries)]):
-            lineage.update(made_by["lineage"])
+            if not isinstance(made_by.get("key"), str):
+                raise artifact.ArtifactError(f"{path / artifact.RECORD} has no key: no stage wrote it. Remove {path}.")
+            lineage.update(made_by.get("lineage", {}))
             lineage[made_by["key"]] = {k: v for k, v in made_by.items() if k != "lineage"}
     return {"stage": stage, "entry": entry, "params": params, "inputs": seen, "code": _code(), "lineage": lineage}
 

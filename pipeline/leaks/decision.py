@@ -86,6 +86,8 @@ def read_overrides(file: Path, sets: Mapping[str, Manifest]) -> dict[str, Overri
 
 def _csv(file: Path) -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV, each with the number of its last line. Empty lines are left out."""
+    if not file.is_file():
+        raise UserError(f"{file} is not a file. Expected: a table of decisions, with the columns {', '.join(HEADER)}.")
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -41,7 +41,14 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
     `pretrained` brings timm's published weights (and needs a network or a filled cache). The classifier layers run in float32
     (`precise.Float32Linear`). Raises ModelError or ExitError.
     """
-    options = dict(options or {})
+    try:
+        return _create(arch, classes, dict(options or {}), pretrained)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
+        told = (str(error).splitlines() or [""])[0][:200]
+        raise ModelError(f"`{arch}` does not take these options: {options} ({told}).") from error
+
+
+def _create(arch: str, classes: int, options: dict[str, Any], pretrained: bool) -> nn.Module:
     if arch == ENSEMBLE:
         return EnsembleNetwork(classes, **options)
     if exits.OPTION in options:
@@ -49,19 +56,16 @@ def create(arch: str, classes: int, options: Mapping[str, Any] | None = None, pr
         return exits.with_exits(trunk, classes, options[exits.OPTION])
     if head_layers := options.pop("head_layers", 0):
         return HeadedClassifier(create(arch, 0, options, pretrained), head_layers, classes)
-    try:
-        wide = WIDE.fullmatch(arch)
-        if pretrained and (arch in SMALL or arch == AIRBENCH or wide):
-            raise ModelError(f"`{arch}` has no published weights by name: give the file as `checkpoint`.")
-        if arch in SMALL:
-            return SmallResNet(SMALL[arch], classes, **options)
-        if arch == AIRBENCH:
-            return Airbench(classes, **options)
-        if wide:
-            return _wide(int(wide[1]), int(wide[2]), classes, **options)
-        return _timm(arch, classes, options, pretrained)
-    except TypeError as error:
-        raise ModelError(f"`{arch}` does not take these options: {options} ({error}).") from error
+    wide = WIDE.fullmatch(arch)
+    if pretrained and (arch in SMALL or arch == AIRBENCH or wide):
+        raise ModelError(f"`{arch}` has no published weights by name: give the file as `checkpoint`.")
+    if arch in SMALL:
+        return SmallResNet(SMALL[arch], classes, **options)
+    if arch == AIRBENCH:
+        return Airbench(classes, **options)
+    if wide:
+        return _wide(int(wide[1]), int(wide[2]), classes, **options)
+    return _timm(arch, classes, options, pretrained)
 
 
 def _wide(layers: int, width: int, classes: int) -> nn.Module:

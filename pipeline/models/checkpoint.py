@@ -1,18 +1,31 @@
 """Model directories: `model.safetensors` and `model.json`. Nothing is ever pickled."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from pipeline.models.inputs import Input
 from pipeline.store import artifact
 
 WEIGHTS, DESCRIPTION, HISTORY = "model.safetensors", "model.json", "history.json"
+
+
+FITS: dict[str, Callable[[Any], bool]] = {
+    "arch": lambda value: isinstance(value, str),
+    "classes": lambda value: all(isinstance(name, str) for name in value),
+    "options": lambda value: isinstance(value, dict),
+    "training": lambda value: isinstance(value, dict),
+    "projection": lambda value: value is None or (isinstance(value, dict) and value.keys() == {"layers", "out"}),
+    "temperature": lambda value: isinstance(value, int | float) and 0 < value < float("inf"),
+}
+"""What each value of a description must be."""
 
 
 class CheckpointError(UserError):
@@ -73,14 +86,28 @@ def parsed(folder: Path) -> Description:
     """The description in a folder that is no whole artifact, such as one to which single files were copied."""
     try:
         raw = json.loads((folder / DESCRIPTION).read_text())
-        return Description(**{**raw, "classes": tuple(raw["classes"]), "input": Input.model_validate(raw["input"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        described = Description(**{**raw, "classes": tuple(raw["classes"]), "input": Input.model_validate(raw["input"])})
+        if wrong := [name for name, fits in FITS.items() if not fits(getattr(described, name))]:
+            raise ValueError(f"{', '.join(wrong)} cannot be what is written there")
+        return described
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a model directory: {DESCRIPTION} cannot be used ({error}).") from error
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a model directory that `describe` has verified."""
-    return safetensors.torch.load_file(folder / WEIGHTS)
+    return _tensors(folder / WEIGHTS)
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Raises CheckpointError for a file whose header does not fit its bytes."""
+    try:
+        tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(file)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as safetensors ({error}). It may be cut short: copy or make it anew."
+        ) from None
+    return tensors
 
 
 def read_foreign(file: Path) -> dict[str, torch.Tensor]:
@@ -92,7 +119,7 @@ def read_foreign(file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise CheckpointError(f"{file} is not there: `init` must name a checkpoint file or a model directory under data/.")
     if file.suffix == ".safetensors":
-        return safetensors.torch.load_file(file)
+        return _tensors(file)
     try:
         tree = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and version errors of many types mean the same to the reader

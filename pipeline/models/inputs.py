@@ -26,9 +26,16 @@ R = TypeVar("R")
 cv2.setNumThreads(1)  # the callers' worker threads share the cores already
 
 
+STRIP = 64
+"""So many times as long as wide: of a longer image the ends, which no view shows, are cut off before it is resized."""
+
+
 def canvas(image: np.ndarray, side: int) -> np.ndarray:
     """Resize the short side of (H, W, 3) uint8 to `side` and cut the central square: (side, side, 3)."""
     height, width = image.shape[:2]
+    if max(height, width) > STRIP * min(height, width):
+        image = _middle(image, STRIP * min(height, width))
+        height, width = image.shape[:2]
     if (height, width) != (side, side):
         scale = side / min(height, width)
         to = (max(side, round(width * scale)), max(side, round(height * scale)))
@@ -36,6 +43,13 @@ def canvas(image: np.ndarray, side: int) -> np.ndarray:
         top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
         image = image[top : top + side, left : left + side]
     return image
+
+
+def _middle(image: np.ndarray, length: int) -> np.ndarray:
+    """The middle of a strip, so many pixels long: all of one of 1 x 60,000 would take 9 GB at a side of 224."""
+    height, width = image.shape[:2]
+    top, left = max(0, (height - length) // 2), max(0, (width - length) // 2)
+    return image[top : top + length, left : left + length]
 
 
 def squeezed(image: np.ndarray, side: int) -> np.ndarray:

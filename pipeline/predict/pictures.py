@@ -12,7 +12,6 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.models import inputs
 from pipeline.sources import listing
-from pipeline.sources.checking import MAX_BYTES
 from pipeline.sources.folder import Folder
 from pipeline.sources.listing import kind_of
 from pipeline.sources.parquet import Parquet, rows_of
@@ -20,7 +19,7 @@ from pipeline.sources.source import File, Request
 from pipeline.sources.tar import Tar
 from pipeline.sources.tars import Tars
 from pipeline.store.decode import ImageRefused, decode
-from pipeline.store.manifest import ManifestError, Opened
+from pipeline.store.manifest import MAX_BYTES, ManifestError, Opened
 
 CHUNK = 32  # pictures that a thread loads at once
 THUMBNAIL = 224  # pixels of the longest side

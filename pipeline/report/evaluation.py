@@ -199,7 +199,14 @@ def write(
 
 
 def read(folder: Path) -> Evaluation:
-    return Evaluation.model_validate_json((folder / FILE).read_text())
+    try:
+        return Evaluation.model_validate_json((folder / FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / FILE} is no evaluation ({_first(error)}). Make it anew: remove {folder}.") from None
+
+
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def of_model(folder: Path, identities: Collection[str], model: str, exit: int | None, size: int) -> Evaluation:
@@ -233,5 +240,8 @@ def read_predictions(folder: Path, split: Split = "val") -> pa.Table:
 
 def read_history(folder: Path) -> dict[str, Any]:
     """By `train` and `holdout`, a list of the figures at each measurement during the model's training."""
-    history: dict[str, Any] = json.loads((folder / HISTORY).read_text())
+    try:
+        history: dict[str, Any] = json.loads((folder / HISTORY).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / HISTORY} cannot be read ({_first(error)}). Make it anew: remove {folder}.") from None
     return history

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
+from pipeline.errors import UserError
 from pipeline.report import dag, sentences
 from pipeline.report.choice import RULE
 from pipeline.report.comparison import Comparison
@@ -97,6 +98,7 @@ def render(
         heat=_heat(entries),
         classes=len(entries[0].evaluation.val.per_class),
         leaks=leaks_of(data),
+        gaps=gaps_of(data),
         mlflow=MLFLOW,
         gallery=Path(os.path.relpath(gallery, out)).as_posix() if gallery.exists() else None,
     )
@@ -108,8 +110,25 @@ def gallery_of(data: Path) -> Path:
 
 def leaks_of(data: Path) -> list[str]:
     """What `dedup` has to say about copies of images that measure among those that models learn from; empty if nothing."""
-    file = data / "dedup" / "metrics.json"
-    return (json.loads(file.read_text()).get("warnings") if file.is_file() else None) or []
+    return _metrics(data / "dedup" / "metrics.json").get("warnings") or []
+
+
+def gaps_of(data: Path) -> list[str]:
+    """What `prepare` has to say about classes that nothing measures; empty if nothing."""
+    return _metrics(data / "prepare" / "metrics.json").get("warnings") or []
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    """The metrics that a stage has written; none where there is no such file. Raises UserError for a damaged one."""
+    try:
+        metrics = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError:
+        metrics = None
+    if not isinstance(metrics, dict):
+        raise UserError(
+            f"{file} does not hold the metrics of a stage. Run `dvc repro --force {file.parent.name}`, which writes it."
+        )
+    return metrics
 
 
 def _pairs(comparison: Comparison) -> dict[tuple[str, str], Versus]:
@@ -203,7 +222,7 @@ def _steps(entries: Sequence[Entry], data: Path) -> list[Step]:
 
 def _run(record: Mapping[str, Any], data: Path) -> Run:
     file = data / record["stage"] / f"{record['entry'] or 'metrics'}.json"
-    metrics = json.loads(file.read_text()) if file.is_file() else {}
+    metrics = _metrics(file)
     reads = sorted({i["path"].removeprefix("data/") for i in record["inputs"].values() if i["key"]})
     return Run(record["entry"] or record["stage"], reads, record["params"], metrics)
 

@@ -11,8 +11,7 @@ from pipeline.harness import progress
 from pipeline.sources.listing import Listing, batch
 from pipeline.sources.source import PREPARE
 from pipeline.store import decode, manifest
-
-MAX_BYTES = 1 << 30  # of a file: a larger one is no image, and is not read
+from pipeline.store.manifest import MAX_BYTES
 
 MEASURED = pa.schema([("width", pa.int32()), ("height", pa.int32()), ("crc32", pa.uint32()), ("reason", pa.string())])
 QUARANTINE = pa.schema(

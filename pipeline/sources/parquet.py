@@ -4,16 +4,28 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import AfterValidator
 
-from pipeline.sources.source import File, InsideRoot, Record, Request, SourceError, record_of, some, unpacked
+from pipeline.sources.source import File, InsideRoot, Record, Request, SourceError, distinct, record_of, some, unpacked
 from pipeline.store.params import Section
 
 ENCODED = "image files (binary, or a struct with `bytes`)"
 RECORDS = 64  # of a table, with their bytes, in memory at once
+BYTES = 128 << 20  # as many records as may take so much
+GROWTH, GROWN = 100, 256 << 20
+"""Images hardly shrink when a table is compressed. What holds more than GROWN bytes and so many times its own size is no table of
+images: 4 kB can say that a billion bytes stand in each of its rows."""
+
+
+def _expect_distinct(classes: tuple[str, ...]) -> tuple[str, ...]:
+    repeated = sorted({name for name in classes if classes.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{some(repeated)} stands there more than once, so that two numbers would become one class")
+    return classes
 
 
 class Parquet(Section):
@@ -27,7 +39,7 @@ class Parquet(Section):
     """The column of bytes, or of structs with a field `bytes`."""
     label: str = "label"
     """The column of class names, or of class numbers."""
-    classes: tuple[str, ...] | None = None
+    classes: Annotated[tuple[str, ...], AfterValidator(_expect_distinct)] | None = None
     """The names of class numbers, number 0 first; null: as the file's Hugging Face metadata have them."""
 
     def files(self, request: Request) -> Iterator[File]:
@@ -57,23 +69,46 @@ def _records(source: Parquet, file: Path, request: Request) -> Iterator[Record]:
             _expect_column(schema, "label", source.label, file, request, _holds_labels, "class names or numbers")
             columns.append(source.label)
             names = _class_names(source, schema, request.told(file))
-        row = 0
-        for part in table.iter_batches(RECORDS, columns=columns):
+        row, unpacked = 0, 0
+        for part in _batches(table, columns, source.image):
             cells = part.column(source.image)
             encoded = cells.field("bytes") if pa.types.is_struct(cells.type) else cells
+            unpacked += encoded.nbytes
+            if unpacked > max(GROWN, GROWTH * file.stat().st_size):
+                raise SourceError(
+                    f"{request.told(file)}: the column `{source.image}` holds more than {GROWTH} times the size of the file, as "
+                    "image files never do. Look at what wrote it."
+                )
             labels = part.column(source.label).to_pylist() if role != "pool" else [None] * len(part)
             for data, label in zip(encoded.to_pylist(), labels, strict=True):
                 yield record_of(f"{prefix}{row:08}", data or b"", label, names, role)
                 row += 1
 
 
+def _batches(table: pq.ParquetFile, columns: list[str], image: str) -> Iterator[pa.RecordBatch]:
+    """Some rows at a time: fewer where a dictionary repeats its entries, each of which may be as large as the whole column."""
+    for group in range(table.num_row_groups):
+        facts = table.metadata.row_group(group)
+        chunks = [facts.column(i) for i in range(facts.num_columns)]
+        size = max((c.total_uncompressed_size for c in chunks if c.path_in_schema.startswith(image)), default=0)
+        at_once = min(RECORDS, max(1, BYTES // max(1, size)))
+        yield from table.iter_batches(at_once, row_groups=[group], columns=columns)
+
+
 @contextmanager
 def _parquet(file: Path, request: Request) -> Iterator[pq.ParquetFile]:
     """Whatever Arrow says of a damaged file, at its footer or in the middle, names the file."""
+    if not file.is_file():
+        raise SourceError(f"{request.told(file)} is not a file, and cannot be read as Parquet.")
     try:
         with pq.ParquetFile(file) as table:
             yield table
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowMemoryError, MemoryError) as error:
+        raise SourceError(
+            f"{request.told(file)} asks for more memory than there is ({error}). Its rows hold more than image files, or its row "
+            "groups are too large: look at what wrote it, or write it in smaller row groups."
+        ) from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{request.told(file)} cannot be read as Parquet ({error}). Copy or make it anew.") from None
 
 
@@ -81,6 +116,10 @@ def _expect_column(
     schema: pa.Schema, key: str, name: str, file: Path, request: Request, fits: Callable[[pa.DataType], bool], what: str
 ) -> None:
     where, option = request.told(file), request.option(key)
+    if schema.names.count(name) > 1:
+        raise SourceError(
+            f"{where} has {schema.names.count(name)} columns called `{name}`. Name another: {option}, or rename them."
+        )
     if name not in schema.names:
         raise SourceError(f"{where} has no column `{name}`; it has {some(schema.names)}. Name the right one: {option}.")
     kind = schema.field(name).type
@@ -90,7 +129,11 @@ def _expect_column(
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return "bytes" in kind.names and _holds_bytes(kind.field("bytes").type)
+        return kind.names.count("bytes") == 1 and _are_bytes(kind.field("bytes").type)
+    return _are_bytes(kind)
+
+
+def _are_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
@@ -105,11 +148,13 @@ def _class_names(source: Parquet, schema: pa.Schema, where: str) -> Sequence[str
         return None
     if source.classes is not None:
         return source.classes
-    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = written.get("info", {}).get("features", {}).get(source.label, {}).get("names")
-    if not names:
+    try:
+        names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][source.label]["names"]
+    except (ValueError, LookupError, TypeError, RecursionError):  # none there, or damaged
+        names = None
+    if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SourceError(
             f"{where}: the column `{source.label}` holds class numbers, and the file does not say their names. List them, "
             "number 0 first: `classes: [...]` beside the path."
         )
-    return tuple(names)
+    return distinct(names, where)

@@ -63,7 +63,12 @@ class Request(NamedTuple):
     def matching(self, pattern: str) -> list[Path]:
         """What a path or a glob pattern names below `root`. Raises SourceError if that is nothing."""
         whole = self.root / pattern
-        named = [whole] if whole.exists() else sorted(p for p in self.root.glob(pattern) if p.name[0] != ".")
+        try:
+            named = [whole] if whole.exists() else sorted(p for p in self.root.glob(pattern) if p.name[0] != ".")
+        except (ValueError, OSError) as error:  # `**a`, or a name that is too long
+            raise SourceError(f"prepare.{self.role}: `{pattern[:200]}` is no path or pattern ({error}). Correct it.") from None
+        if not named and not self.root.is_dir():
+            raise SourceError(f"{self.root}, the folder of prepare.root, is not a folder. Name the folder of the sources.")
         if not named:
             near = difflib.get_close_matches(pattern, [p.name for p in self.root.iterdir()], n=1)
             hint = f" (did you mean `{near[0]}`?)" if near else ""
@@ -71,7 +76,19 @@ class Request(NamedTuple):
                 f"prepare.{self.role}: nothing matches `{pattern}`{hint} in {self.root}, the folder of prepare.root. Correct the "
                 "path, or put the data there."
             )
+        for path in named:
+            for part in [path, *path.parents][: len(path.parts) - len(self.root.parts)]:
+                self.expect_watched(part)
         return named
+
+    def expect_watched(self, path: Path) -> None:
+        """Raises SourceError if `prepare` meets a link to a folder, behind which DVC does not look."""
+        if self.command == PREPARE and path.is_symlink() and path.is_dir():
+            raise SourceError(
+                f"prepare.{self.role}: {path} is a link to a folder. DVC does not look behind it, so what changes there makes "
+                f'nothing stale. Put a folder of links to the files in its place: `cp -rs "$(realpath {path})" NEW && '
+                f"rm {path} && mv NEW {path}`."
+            )
 
     def told(self, file: Path) -> str:
         """How messages call a file."""
@@ -117,7 +134,7 @@ class Record(NamedTuple):
 
 def with_class_folders(members: Iterable[Member], path: Path, request: Request, *, in_tar: bool) -> Iterator[File]:
     """The files of one folder or tar. Raises SourceError if labels are wanted and it has no class folders."""
-    labelled, seen = request.role != "pool", set[str]()
+    labelled, seen = request.role != "pool", dict[str, str]()
     prefix, inside = request.prefix(path), path.as_posix()
     for member in members:
         name = _utf8(member.name)
@@ -125,7 +142,13 @@ def with_class_folders(members: Iterable[Member], path: Path, request: Request, 
         top, slash, _ = name.partition("/")
         label = top if labelled and slash else None
         if label is not None and visible:
-            seen.add(label)
+            if not label:
+                raise SourceError(
+                    f"prepare.{request.role}: {path} holds {name}, whose name begins with `/`, so that its class cannot be told. "
+                    "Make the tar from inside the folder of the class folders: `tar -cf FILE -C FOLDER .`."
+                )
+            if seen.setdefault(label, raw := member.name.partition("/")[0]) != raw:
+                raise SourceError(f"prepare.{request.role}: {path} has two class folders that are written `{label}`. Rename one.")
         if name.endswith("/"):
             continue
         reason = member.reason
@@ -142,7 +165,7 @@ def with_class_folders(members: Iterable[Member], path: Path, request: Request, 
             f"prepare.{request.role}: {path} has no class folders. Labelled images are expected as <class>/<image>, one folder "
             "for each class."
         )
-    request.classes.update(seen)
+    request.classes.update(seen.keys())
 
 
 def _utf8(name: str) -> str:
@@ -167,6 +190,17 @@ def record_of(image: str, data: bytes, label: str | int | None, names: Sequence[
         known = range(len(names)) if names is not None else range(label + 1)
         label = None if label not in known else names[label] if names is not None else str(label)
     return Record(image, data, label, None if label is not None else "no label")
+
+
+def distinct(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """`names`, the classes by their numbers. Raises SourceError if two numbers have one name: they would become one class."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise SourceError(
+            f"{where}: {some(repeated)} names more than one class number, so that two classes would become one. Give each number "
+            "a name of its own."
+        )
+    return tuple(names)
 
 
 def some(names: Sequence[str]) -> str:

@@ -1,12 +1,22 @@
 """Uncompressed tars, read in place."""
 
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pipeline.sources.source import File, InsideRoot, Member, Request, SourceError, with_class_folders
 from pipeline.store.params import Section
+
+LIES = (tarfile.TarError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
+"""What tarfile raises for headers that are damaged, or made to deceive."""
+ABOUT_THE_NEXT = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+ATTRIBUTES = 1 << 20  # bytes of a member's pax attributes; a path has at most 4096
+NUMBER = re.compile(rb"[0-9]{200}")
 
 
 class Tar(Section):
@@ -26,17 +36,42 @@ class Tar(Section):
 
 def _members(file: Path) -> Iterator[Member]:
     _refuse_compressed(file)
+    size, end = file.stat().st_size, -1
     try:
-        with tarfile.open(file, "r:") as tar:
+        with tarfile.open(file, "r:", tarinfo=_Header) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or it would keep an object of every member
+                stored = member.size if member.isreg() and not member.issparse() else 0
+                if tar.offset <= end or member.size < 0 or member.offset_data + stored > size:
+                    raise tarfile.ReadError(f"a member at byte {member.offset} has an impossible size, {member.size}")
+                end = tar.offset
                 yield _member(member)
             end = tar.offset
-    except tarfile.TarError as error:
+    except LIES as error:
         raise SourceError(
             f"{file} cannot be read as a tar ({error}). It may be cut short or damaged: copy or make it anew."
         ) from None
     _expect_the_end(file, end)
+
+
+class _Header(tarfile.TarInfo):
+    """What stands before a member; raises HeaderError where its name or its attributes are no such thing.
+
+    Python before 3.11.10 looks for a number in them in a time that grows with the square of the number's digits.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        file = tarfile_.fileobj
+        assert file is not None
+        before = file.tell()
+        head = file.read(tarfile.BLOCKSIZE)
+        if head[156:157] in ABOUT_THE_NEXT:
+            size = cls.frombuf(head, tarfile_.encoding, tarfile_.errors).size
+            if size > ATTRIBUTES or NUMBER.search(file.read(max(0, size))):
+                raise tarfile.ReadError(f"the attributes at byte {before} are no attributes of a file")
+        file.seek(before)
+        return super().fromtarfile(tarfile_)
 
 
 def _member(member: tarfile.TarInfo) -> Member:

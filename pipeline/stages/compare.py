@@ -14,7 +14,7 @@ from pipeline.harness import stage
 from pipeline.report import comparison, series
 from pipeline.report.entries import against, data_of, read_entry, with_agreement
 from pipeline.report.evaluation import not_a_baseline
-from pipeline.report.page import MLFLOW, gallery_of, leaks_of, render
+from pipeline.report.page import MLFLOW, gallery_of, gaps_of, leaks_of, render
 from pipeline.report.sentences import told
 from pipeline.report.table import as_csv, as_markdown, footnotes, pairs_as_csv, print_table
 from pipeline.store import artifact
@@ -61,7 +61,7 @@ def run(params: Compare, *, evaluations: Path, out: Path, entries: tuple[str, ..
         series.write(tmp / series.FOLDER, whole)
         (tmp / "report.html").write_text(render(whole, compared, notes, evaluations.parent, out, params.licence or data.licence))
     print_table(title, compared, told(whole))
-    _say_leaks(evaluations.parent)
+    _say_warnings(evaluations.parent)
     return series.summary(whole)
 
 
@@ -69,7 +69,7 @@ def show(out: Path) -> None:
     """Print the table of the artifact `out`, and where to look next. Raises UserError if there is none."""
     saved = comparison.read(out)
     print_table(saved.title, comparison.entries_of(saved), told(saved))
-    _say_leaks(out.parents[1])
+    _say_warnings(out.parents[1])
     gallery = gallery_of(out.parents[1])
     stages = out.with_name("stages.html")
     sys.stderr.write(f"\nreport   {out / 'report.html'}\n")
@@ -78,7 +78,9 @@ def show(out: Path) -> None:
     sys.stderr.write(f"runs     {MLFLOW}\n")
 
 
-def _say_leaks(data: Path) -> None:
+def _say_warnings(data: Path) -> None:
+    for sentence in gaps_of(data):
+        sys.stderr.write(f"GAP: {sentence}\n")
     for sentence in leaks_of(data):
         sys.stderr.write(f"LEAK: {sentence}\n")
 

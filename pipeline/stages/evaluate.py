@@ -1,5 +1,6 @@
 """Measure a model on the validation images, once, and on the held-out images, where choices are made."""
 
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +108,9 @@ def run(
     on.place(classifier)
     logits = {name: logits_of(classifier, p, input_spec, on) for name, p in pixels.items()}
     measured = {name: measure(logits[name], labels[name], classes) for name in tables}
+    if absent := [name for name in classes if name not in measured["val"].per_class]:
+        told = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+        sys.stderr.write(f"GAP: val has no image of {told}: its figures are those of the other classes alone.\n")
     origin = artifact.record(model)
     macs = architectures.macs(classifier, input_spec.size) if macs is None else macs
     parameters = architectures.parameters_of(classifier)

@@ -25,6 +25,7 @@ SHARD = 8192  # images; a killed run loses at most one shard
 CHUNK = 64  # images that a thread takes at a time
 ROWS = "rows.parquet"
 QUALITY = 90  # of the JPEG files
+LONGEST = 65_500  # pixels of a side of a JPEG file; a longer strip keeps its file
 
 cv2.setNumThreads(1)  # the threads below share the cores already
 
@@ -108,7 +109,7 @@ def _packed(listed: Manifest, rows: np.ndarray, params: Pack, threads: ThreadPoo
 def _reduced(listed: Manifest, row: int, data: bytes, params: Pack) -> tuple[bytes, int, int]:
     width, height = (listed.table[name][row].as_py() for name in ("width", "height"))
     scale = params.side / min(width, height)
-    if scale >= 1:
+    if scale >= 1 or max(width, height) * scale > LONGEST:
         return data, width, height
     try:
         image = decode(data)

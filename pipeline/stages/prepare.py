@@ -6,6 +6,7 @@ uncompressed tars on the way, so that everything behind this stage sees files an
 """
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -105,6 +106,9 @@ def run(
         manifest.write(val_to, val, classes)
         manifest.write(pool_to, pool, ())
         pq.write_table(refused, quarantine_to / "quarantine.parquet", compression="zstd")
+    warnings = _unmeasured(classes, val)
+    for sentence in warnings:
+        sys.stderr.write(f"GAP: {sentence}\n")
     return {
         "classes": len(classes),
         "train": len(train),
@@ -115,6 +119,7 @@ def run(
         "quarantine": len(refused),
         "reasons": reasons_of(refused),
         "repeated": _repeated([train, holdout, val, pool]),
+        "warnings": warnings or None,
     }
 
 
@@ -152,6 +157,18 @@ def _class_order(labelled: Listing, val: Listing, wanted: Sequence[str] | None) 
             f"Missing: {some(missing)}. Not there: {some(unknown)}. Repeated: {some(repeated)}."
         )
     return tuple(wanted)
+
+
+def _unmeasured(classes: Sequence[str], val: pa.Table) -> list[str]:
+    """What has to be said of classes without an image in val: figures of val are those of the other classes."""
+    seen = set(pc.unique(val["label"]).to_pylist())
+    missing = [name for label, name in enumerate(classes) if label not in seen]
+    if not missing:
+        return []
+    return [
+        f"{len(missing)} of {len(classes)} classes have no image in val: {some(missing)}. Each figure of val is measured on the "
+        f"other {len(seen)} alone. Add images of them to prepare.val, or take them out of prepare.labelled."
+    ]
 
 
 def _expect_images(listing: Listing, params: Prepare) -> None:

@@ -40,7 +40,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ArtifactError(UserError):
-    """An artifact is missing, incomplete, or its bytes are not those that were written."""
+    """An artifact is missing, incomplete, or its bytes are not those that were written. `artifact` is its folder, where there is
+    one, and `file` the name of what is wrong there."""
+
+    def __init__(self, message: str, artifact: Path | None = None, file: str | None = None) -> None:
+        super().__init__(message)
+        self.artifact, self.file = artifact, file
 
 
 @contextlib.contextmanager
@@ -161,11 +166,11 @@ def verify(path: Path) -> Path:
     present = set(_files(path)) - {CHECKSUMS}
     for name in sorted(expected.keys() | present):
         if name not in present:
-            raise ArtifactError(f"{path / name} is missing. {_remake(path)}")
+            raise ArtifactError(f"{path / name} is missing. {_remake(path)}", path, name)
         if name not in expected:
             raise ArtifactError(f"{path / name} does not belong to the artifact {path}. Remove it, or {_remake(path)}")
         if _facts(path / name) != expected[name]:
-            raise ArtifactError(f"{path / name} was altered after it was written (checksum mismatch). {_remake(path)}")
+            raise _altered(path, name)
     return path
 
 
@@ -189,9 +194,26 @@ def identity(path: Path) -> str:
 
 
 def record(path: Path) -> dict[str, Any]:
-    """The record of the stage that wrote the artifact; empty for a plain file or an artifact written by hand."""
+    """The record of the stage that wrote the artifact; empty for a plain file or an artifact written by hand.
+
+    Raises ArtifactError if it is not the one that was written.
+    """
     file = path / RECORD
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    if (path / CHECKSUMS).is_file() and _facts(file) != _checksums(path).get(RECORD):
+        raise _altered(path, RECORD)
+    try:
+        known = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        known = None
+    if not isinstance(known, dict) or not isinstance(known.get("lineage", {}), dict):
+        raise ArtifactError(f"{file} is no record of a stage. {_remake(path)}", path, RECORD)
+    return known
+
+
+def _altered(path: Path, name: str) -> ArtifactError:
+    return ArtifactError(f"{path / name} was altered after it was written (checksum mismatch). {_remake(path)}", path, name)
 
 
 def _facts(file: Path) -> dict[str, Any]:
@@ -204,8 +226,10 @@ def _checksums(path: Path) -> dict[str, dict[str, Any]]:
         raise ArtifactError(f"{path} is not there. {_remake(path)}")
     try:
         return dict(json.loads((path / CHECKSUMS).read_text())["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is not a whole artifact: its {CHECKSUMS} cannot be read. {_remake(path)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} is not a whole artifact: its {CHECKSUMS} cannot be read. {_remake(path)}", path, CHECKSUMS
+        ) from error
 
 
 def _remake(path: Path) -> str:

@@ -24,6 +24,9 @@ else:
     HEIF = ("HEIF",)
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit, checked on the header
 
+SCANS = 100
+"""A progressive JPEG has about ten. One of 20,000 takes minutes, and few bytes."""
+
 ORIENTATION = 0x0112  # the EXIF tag
 # EXIF orientation -> (transpose first, flip the rows, flip the columns)
 TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
@@ -144,6 +147,9 @@ def _png_exif(png: bytes) -> bytes:
 def _jpeg(data: bytes, mode: str) -> np.ndarray:
     """simplejpeg refuses what others, with garbage for pixels, only warn of: a stream that is damaged in the middle."""
     data = _without_metadata(data)
+    end = data.find(b"\xff\xd9")
+    if (scans := data.count(b"\xff\xda", 0, end if end >= 0 else len(data))) > SCANS:
+        raise ImageRefused(f"damaged: {scans} scans, each of which goes through all pixels")
     if mode not in ("CMYK", "YCCK"):
         return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     inks = 255 - simplejpeg.decode_jpeg(data, colorspace="CMYK", strict=True)  # stored inverted, by Adobe's custom

@@ -5,6 +5,7 @@ as ids do.
 """
 
 import json
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.store import artifact
 
 FILE = "manifest.parquet"
+MAX_BYTES = 1 << 30  # of a file: a larger one is no image, and is not read
 SCHEMA = pa.schema(
     [
         ("id", pa.large_string()),  # unique and stable: <file of the source>/<name within it>; more than 2 GiB of them in all
@@ -82,10 +84,20 @@ def read(folder: Path) -> Manifest:
     """Read and verify a manifest artifact. Raises ArtifactError or ManifestError."""
     artifact.verify(folder)
     _expect_one(folder)
-    table = pq.read_table(folder / FILE, read_dictionary=["path"])
-    classes = _classes(table.schema)
-    # One chunk: to take a few rows of a string column in many chunks, pyarrow goes through all of it.
-    return Manifest(table.cast(SCHEMA).unify_dictionaries().combine_chunks(), classes)
+    try:
+        table = pq.read_table(folder / FILE, read_dictionary=["path"])
+        classes = _classes(table.schema)
+        # One chunk: to take a few rows of a string column in many chunks, pyarrow goes through all of it.
+        images = Manifest(table.cast(SCHEMA).unify_dictionaries().combine_chunks(), classes)
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+        raise ManifestError(f"{folder / FILE} is no manifest of images ({error}). Make it anew: remove {folder}.") from None
+    for name, low, high in (("offset", 0, 1 << 50), ("size", 0, MAX_BYTES), ("label", 0, len(classes) - 1 if classes else None)):
+        span = pc.min_max(images.table[name]).as_py()
+        if span["min"] is not None and (span["min"] < low or (high is not None and span["max"] > high)):
+            raise ManifestError(
+                f"{folder / FILE}: the column `{name}` holds {span}, which cannot be. Make it anew: remove {folder}."
+            )
+    return images
 
 
 def _classes(schema: pa.Schema) -> tuple[str, ...]:
@@ -112,7 +124,10 @@ def _expect_one(folder: Path) -> None:
 
 def _opened(folder: Path) -> pq.ParquetFile:
     _expect_one(folder)
-    return pq.ParquetFile(folder / FILE)
+    try:
+        return pq.ParquetFile(folder / FILE)
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(f"{folder / FILE} is no manifest of images ({error}). Make it anew: remove {folder}.") from None
 
 
 def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
@@ -257,9 +272,13 @@ class Opened:
         if path != self.path or self.file is None:
             self.__exit__()
             try:
+                if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe would be waited for
+                    raise ManifestError(f"{path} is not a regular file. Images are read from it.")
                 self.file = Path(path).open("rb")  # noqa: SIM115
-            except OSError as error:
-                raise ManifestError(f"{path} cannot be opened ({error.strerror}). Images are read from it.") from error
+            except (OSError, ValueError) as error:
+                raise ManifestError(
+                    f"{path} cannot be opened ({getattr(error, 'strerror', error)}). Images are read from it."
+                ) from error
             self.path = path
         self.file.seek(offset)
         return self.file.read(size)

@@ -36,7 +36,7 @@ PATHS = ("init", "teacher", "images", "scores", "model", "first", "second", "eva
 class Section(BaseModel):
     """A section of params.yaml: frozen, and unknown keys are refused. The text under a field is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,42 @@ def read(file: Path) -> dict[str, Any]:
 def parsed(file: Path) -> dict[str, Any]:
     """The whole file, whatever its keys; raises ParamsError when it is missing, or not a YAML mapping."""
     try:
-        tree = yaml.safe_load(file.read_text())
+        if not file.is_file() and file.exists():
+            raise ParamsError("this is no file. Copy one of recipes/*.yaml to it.")
+        tree = yaml.load(file.read_bytes().decode("utf-8-sig"), Loader=_Loader)
+    except ParamsError as error:
+        raise ParamsError(f"{file}: {error}") from None
     except FileNotFoundError:
         raise ParamsError(f"{file} is not there. Copy one of recipes/*.yaml to it.") from None
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{file} is not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ParamsError(f"{file}, line {line}: this is not UTF-8. Save the file as UTF-8.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date of month 13
+        raise ParamsError(f"{file} is not valid YAML: {str(error) or 'nested too deep'}") from None
     if not isinstance(tree, dict):
         raise ParamsError(f"{file} must be a mapping with the sections {', '.join(STAGES)}.")
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that stand twice in a mapping, of which the second would win, or aliases, which can make billions."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ParamsError(
+                f"line {event.start_mark.line + 1}: the alias `*{event.anchor}`. `dvc exp run -S` loses changes of what aliases "
+                f"share, without a word. Name what is shared in {', '.join(f'`{shelf}`' for shelf in SHELVES.values())}."
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ParamsError(f"line {key.start_mark.line + 1}: the key `{key.value}` stands there twice. Remove one.")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def strangers(tree: Mapping[str, Any]) -> list[str]:

@@ -291,7 +291,7 @@ def flip(house: House, command: Command, random: np.random.Generator) -> list[st
     """Flip one bit in each artifact that the stage reads, one after the other; the flips that it did not refuse."""
     unnoticed = []
     for folder in house.artifacts_read(command):
-        files = sorted(f for f in folder.iterdir() if f.is_file() and f.stat().st_size and f.name != artifact.RECORD)
+        files = sorted(f for f in folder.iterdir() if f.is_file() and f.stat().st_size)
         file = files[random.integers(len(files))]
         whole = file.read_bytes()
         broken = bytearray(whole)

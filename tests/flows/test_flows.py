@@ -95,7 +95,8 @@ def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sh(folder, "git", "config", "user.name", "n")
     sh(folder, "git", "config", "user.email", "n@example.org")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("flows.winnow.check", nothing)  # these projects have none of its params,
+    for asks_of_winnow in ("check", "scan"):  # these projects have none of its params,
+        monkeypatch.setattr(f"flows.winnow.{asks_of_winnow}", nothing)
     monkeypatch.setattr(plan, "estimating", lambda *_: ["echo", json.dumps(ESTIMATE)])  # nor has it heard of their stages,
     for sends_to_mlflow in ("flush", "report"):  # and nothing to tell it
         monkeypatch.setattr(tracking, sends_to_mlflow, nothing)

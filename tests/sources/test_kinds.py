@@ -308,3 +308,18 @@ def test_a_data_set_without_class_numbers(tmp_path, monkeypatch):
     with pytest.raises(SourceError, match=r"SBU gives str targets, but .* It can only serve as a pool"):
         listed(tmp_path, {"kind": "torchvision", "name": "SBU"}, "labelled")
     assert ids(listed(tmp_path, {"kind": "torchvision", "name": "SBU"})) == ["SBU/train/00000000"]
+
+
+# Links, where nobody has to watch -------------------------------------------------------------------------------------
+
+
+def test_links_to_folders_are_followed_for_commands_that_dvc_does_not_watch(tmp_path):
+    folder_of(tmp_path / "elsewhere", {"b.jpg": b"1"})
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    source: Source = TypeAdapter(Source).validate_python({"kind": "folder", "path": "a"})
+    listing = list_files([source], "pool", tmp_path, Tars(tmp_path, tmp_path), "leaks")
+    assert ids(listing) == ["a/link/b.jpg"]
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SourceError, match="is a link to a folder that holds it"):
+        list_files([source], "pool", tmp_path, Tars(tmp_path, tmp_path), "leaks")

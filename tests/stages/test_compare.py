@@ -576,6 +576,19 @@ def test_the_gallery_is_linked_where_dedup_drew_one(four: Path, capsys: pytest.C
     assert str(gallery) in capsys.readouterr().err
 
 
+def test_classes_that_nothing_measures_are_told_at_the_head(four: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = "1 of 3 classes have no image in val: eel."
+    metrics = four.parent / "prepare" / "metrics.json"
+    metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "warnings": [sentence]}))
+    out, _ = run(four)
+    assert f"GAP: {sentence}" in capsys.readouterr().err
+    text = Page((out / "report.html").read_text()).text
+    assert text.index(sentence) < text.index("Results")
+    metrics.write_text("{")
+    with pytest.raises(UserError, match=r"prepare/metrics.json does not hold the metrics of a stage. Run `dvc repro --force"):
+        compare.show(out)
+
+
 def test_copies_of_val_among_the_labelled_images_are_told_at_the_head(four: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sentence = "5 of 1,000 training images are copies of val images; `dedup.train: remove` takes them out."
     metrics = four.parent / "dedup" / "metrics.json"

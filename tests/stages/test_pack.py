@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.harness.machine import Machine
@@ -108,3 +109,9 @@ def test_the_labelled_images_go_along_unless_left_out(listed: Path) -> None:
     seen, _, unlabelled = manifest.to_learn(Path("both"), listed, True)
     assert (len(seen), unlabelled) == (len(both), len(alone))
     assert set(seen.table["path"].to_pylist()) <= {str(p) for p in Path("both-tars").glob("*/*.tar")}
+
+
+def test_a_strip_that_no_jpeg_file_can_hold_keeps_its_file():
+    table = pa.table({"id": ["a"], "width": [100_000], "height": [300]})
+    found = pack._reduced(manifest.Manifest(table, ()), 0, b"the file", pack.Pack(images="-", side=256))
+    assert found == (b"the file", 100_000, 300)

@@ -19,7 +19,6 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.harness.machine import Machine
-from pipeline.sources import checking
 from pipeline.sources.source import SourceError
 from pipeline.stages import prepare
 from pipeline.store import artifact, decode, manifest
@@ -119,6 +118,7 @@ def test_every_image_has_its_row_and_its_bytes(root, tmp_path):
         "quarantine": 0,
         "reasons": {},
         "repeated": 0,
+        "warnings": None,
     }
 
 
@@ -228,16 +228,49 @@ def test_images_inside_tables_move_into_the_artifacts(root, tmp_path):
     assert again.metrics == got.metrics
 
 
-def test_links_to_files_and_folders_are_followed(root, tmp_path):
-    elsewhere = folder_of(tmp_path / "elsewhere", {"one.jpg": jpeg(80), "deep/two.jpg": jpeg(81)})
+def test_links_to_files_are_followed(root, tmp_path):
+    elsewhere = folder_of(tmp_path / "elsewhere", {"one.jpg": jpeg(80)})
     pool = root / "linked"
     pool.mkdir()
     (pool / "file.jpg").symlink_to(elsewhere / "one.jpg")
-    (pool / "folder").symlink_to(elsewhere / "deep")
     (pool / "gone.jpg").symlink_to(elsewhere / "nothing.jpg")
+    (pool / "loop.jpg").symlink_to("loop.jpg")
     got = Prepared(tmp_path / "out", params(root, pool=[{"kind": "folder", "path": "linked"}]))
-    assert ids(got.pool) == ["linked/file.jpg", "linked/folder/two.jpg"]
-    assert got.refused() == {"linked/gone.jpg": "link to nothing"}
+    assert ids(got.pool) == ["linked/file.jpg"]
+    assert got.refused() == {"linked/gone.jpg": "link to nothing", "linked/loop.jpg": "link to nothing"}
+
+
+@pytest.mark.parametrize(
+    ("at", "source"),
+    [
+        ("photos/folder", {"kind": "folder", "path": "photos"}),
+        ("folder", {"kind": "folder", "path": "folder"}),
+        ("folder", {"kind": "tar", "path": "folder/*.tar"}),
+        ("folder", {"kind": "torchvision", "name": "MNIST"}),
+    ],
+)
+def test_a_link_to_a_folder_is_refused_since_dvc_does_not_look_behind_it(root, tmp_path, at, source):
+    folder_of(root / "photos", {"one.jpg": jpeg(80)})
+    tar_of(tmp_path / "elsewhere" / "a.tar", {"two.jpg": jpeg(81)})
+    (root / at).symlink_to(tmp_path / "elsewhere")
+    assert f"prepare.pool: {root / at} is a link to a folder. DVC does not look behind it" in error_of(root, pool=[source])
+
+
+def test_the_root_may_be_a_link_which_dvc_follows(root, tmp_path):
+    (tmp_path / "link").symlink_to(root)
+    assert len(Prepared(tmp_path / "out", params(tmp_path / "link")).pool) == 12
+
+
+def test_a_class_that_val_lacks_is_told_loudly(root, tmp_path, capsys):
+    tar_of(root / "val.tar", jpegs({"cat": 2, "dog": 1}, seed=2))
+    got = Prepared(tmp_path / "out", params(root))
+    (sentence,) = got.metrics["warnings"]
+    assert sentence.startswith("1 of 3 classes have no image in val: eel. Each figure of val is measured on the other 2 alone.")
+    assert f"GAP: {sentence}" in capsys.readouterr().err
+
+
+def test_a_root_that_is_a_file(root):
+    assert "is not a folder. Name the folder of the sources" in error_of(root / "val.tar")
 
 
 def test_width_and_height_are_those_of_the_decoded_image(root, tmp_path):
@@ -319,10 +352,10 @@ def test_labelled_files_outside_of_the_class_folders_are_refused(root, tmp_path)
 def test_a_giant_file_is_not_read(root, tmp_path):
     (root / "loose").mkdir()
     with (root / "loose" / "film.mp4").open("wb") as film:
-        film.truncate(checking.MAX_BYTES + 1)
+        film.truncate(manifest.MAX_BYTES + 1)
     (root / "loose" / "a.jpg").write_bytes(jpeg(1))
     got = Prepared(tmp_path / "out", params(root, pool=[{"kind": "folder", "path": "loose"}]))
-    assert got.refused() == {"loose/film.mp4": f"oversized: {checking.MAX_BYTES + 1} bytes"}
+    assert got.refused() == {"loose/film.mp4": f"oversized: {manifest.MAX_BYTES + 1} bytes"}
 
 
 def test_pipes_and_odd_names_are_refused(root, tmp_path):
@@ -430,12 +463,6 @@ def test_an_image_that_occurs_twice(root):
     with tarfile.open(tar, "a") as archive:
         archive.addfile(tarfile.TarInfo("n01/0000.jpg"))
     assert "pool-0.tar/n01/0000.jpg occurs twice (in prepare.pool)" in error_of(root)
-
-
-def test_a_folder_that_holds_itself(root):
-    folder_of(root / "loose", {"a/b.jpg": jpeg(1)})
-    (root / "loose" / "a" / "again").symlink_to(root / "loose")
-    assert "is a link to a folder that holds it" in error_of(root, pool=[{"kind": "folder", "path": "loose"}])
 
 
 # Kills and changes ----------------------------------------------------------------------------------------------------

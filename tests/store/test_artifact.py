@@ -272,3 +272,17 @@ def test_replacing_never_leaves_neither_the_old_nor_the_new(tmp_path: Path, monk
         (tmp / "text").write_text("newest")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (artifact.verify(out) / "text").read_text() == "newest"
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"lineage": 3}', b"\xff", b"{}"])
+def test_a_damaged_record_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
+    token = artifact.provenance.set({"stage": "teach", "key": "k", "lineage": {}})
+    try:
+        with artifact.writing(tmp_path / "a"):
+            pass
+    finally:
+        artifact.provenance.reset(token)
+    assert artifact.record(tmp_path / "a")["stage"] == "teach"
+    (tmp_path / "a" / artifact.RECORD).write_bytes(data)
+    with pytest.raises(artifact.ArtifactError, match=r"a/record\.json was altered after it was written"):
+        artifact.record(tmp_path / "a")

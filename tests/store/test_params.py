@@ -113,3 +113,25 @@ def test_seed_must_be_a_whole_number(tmp_path: Path, seed: str) -> None:
 def test_sections_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Training(steps=3).steps = 4
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"seed: 0\n# caf\xe9\n", "params.yaml, line 2: this is not UTF-8. Save the file as UTF-8."),
+        (b"seed: 0\nseed: 1\n", "params.yaml: line 2: the key `seed` stands there twice. Remove one."),
+        (b"teach: {a: {}, a: {}}\n", "params.yaml: line 1: the key `a` stands there twice. Remove one."),
+        (b"a: &x [1]\nb: *x\n", "params.yaml: line 2: the alias `*x`."),
+        (b"[" * 10_000, "params.yaml is not valid YAML: "),
+        (b"seed: 2026-13-45", "params.yaml is not valid YAML: month must be in 1..12"),
+    ],
+)
+def test_a_file_that_is_none_or_says_two_things_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "params.yaml").write_bytes(data)
+    with pytest.raises(params.ParamsError) as error:
+        params.parsed(tmp_path / "params.yaml")
+    assert message in str(error.value)
+
+
+def test_no_key_means_infinity(tmp_path: Path) -> None:
+    assert "`trainings.brief.lr`" in refused(tmp_path, GOOD.replace("steps: 3", "steps: 3, lr: .inf"))
