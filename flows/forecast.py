@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ async def show(
 ) -> dict[str, float]:
     """Make the plan of the stages `todo` an artifact, and say in the log what it comes to; the seconds that are expected of each.
 
-    `elsewhere`: stages that another machine does, of which nothing is known here. A time that cannot be told stops no run.
+    `elsewhere`: stages that another machine does, of which nothing is known here. A time that cannot be told stops no run. With
+    WINNOW_PROBE=off nothing is measured for it.
     """
     if not todo:
         return {}
@@ -30,7 +32,8 @@ async def show(
     asked = [s for s in found.runs if s.partition("@")[0] not in elsewhere]
     answer: dict[str, Any] = {}
     if asked:
-        ended = await child.run(plan.estimating(asked), cwd=where.folder, env={**dag.environment(), **where.env})
+        probing = ["--no-probe"] if os.environ.get("WINNOW_PROBE") == "off" else []
+        ended = await child.run(plan.estimating(asked, *probing), cwd=where.folder, env={**dag.environment(), **where.env})
         if ended.code:
             get_run_logger().warning("nobody knows how long the stages take: %s", ended.lines[-1] if ended.lines else ended.code)
         else:

@@ -52,6 +52,7 @@ class Site:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "DO_NOT_TRACK": "1",
+            "WINNOW_PROBE": "off",  # seconds for each kind of work, and nothing depends on them
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
             "DVC_NO_ANALYTICS": "1",
