@@ -279,3 +279,13 @@ def test_mirror_answers_with_the_mean_over_both_images(data: Path, tmp_path: Pat
     assert np.allclose(said["confidence"].to_numpy(), logits.softmax(1).max(1).values.numpy(), atol=1e-5)
     with pytest.raises(ValueError, match="early"):
         evaluate.Evaluate.model_validate({"role": "candidate", "model": "-", "mirror": True, "exit": "early"})
+
+
+def test_a_class_that_val_lacks_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "holdout", "leaks"):
+        (tmp_path / name).symlink_to(data / name)
+    whole = manifest.read(data / "val")
+    with artifact.writing(tmp_path / "val") as tmp:
+        manifest.write(tmp, whole.take(np.flatnonzero(whole.labels() != 2)).table, whole.classes)
+    evaluated(tmp_path, taught(data, tmp_path / "model"), tmp_path / "out")
+    assert f"GAP: val has no image of {list(CLASSES)[2]}: its figures" in capsys.readouterr().err
