@@ -135,7 +135,8 @@ def restorable(folder: Path, order: Sequence[str], stale: Sequence[str]) -> dict
     lock = locked(folder)
     found: dict[str, bool] = {}
     with Repo(str(folder)) as repo:
-        stages = {stage.addressing: stage for stage in repo.index.stages}
+        # Not `addressing`, which begins with a path where this process works in another folder; a .dvc file has no name.
+        stages = {stage.name: stage for stage in repo.index.stages if hasattr(stage, "name")}
         maker = {out.def_path: name for name, stage in stages.items() for out in stage.outs}
         known = {out["path"]: out for name in order if name not in stale for out in lock.get(name, {}).get("outs") or []}
         for name in (name for name in order if name in stale):

@@ -40,15 +40,12 @@ def smaller(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def run_all(recipe: dict[str, Any]) -> None:
-    """Every stage of dvc.yaml, in its order, with the paths that its command has there."""
+def run_all(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage of dvc.yaml, in its order, as DVC calls it."""
     for name, stanza in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
-        entries = {None: recipe[name]} if name in SINGLE else recipe.get(name, {})
-        for key, entry in entries.items():
+        for key in [None] if name in SINGLE else recipe.get(name, {}):
+            monkeypatch.setenv("DVC_STAGE", f"dvc.yaml:{name}" if key is None else f"dvc.yaml:{name}@{key}")
             cmd = stanza["cmd"] if key is None else stanza["do"]["cmd"]
-            cmd = cmd.replace("${key}", str(key)).replace("${prepare.root}", recipe["prepare"]["root"]).replace('"', "")
-            for name_of, value in entry.items():
-                cmd = cmd.replace(f"${{item.{name_of}}}", str(value))
             run = importlib.import_module(f"pipeline.stages.{name}").run
             stage._main(run, cmd.split()[3:], False, "evaluate" if name == "compare" else None)
 
@@ -66,7 +63,7 @@ def test_the_recipe_for_own_photographs_runs(tmp_path: Path, monkeypatch: pytest
     folder_of(Path("data/raw/val"), jpegs(dict.fromkeys(CLASSES, 2), size, seed=1))
     folder_of(Path("data/raw/pool"), jpegs({"a": 12, "b/c": 12}, size, seed=2))
     check(Path("params.yaml"))
-    run_all(recipe)
+    run_all(recipe, monkeypatch)
     assert "<title>Small classifiers for our photographs" in Path("data/compare/results/report.html").read_text()
     table = Path("data/compare/results/table.md").read_text()
     assert all(f"| {entry} " in table for entry in recipe["evaluate"])
