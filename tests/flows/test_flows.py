@@ -320,6 +320,8 @@ def test_a_variant_leaves_the_workspace_alone(project: Path, server: None) -> No
     play()
     before = {p: p.read_bytes() for p in (project / "params.yaml", project / "dvc.lock", project / "data/last")}
     assert play(set_params=["use.a.by=9"]) == {"make": "Restored", "use@a": "Completed", "use@b": "Restored", "last": "Restored"}
+    planned, _ = asyncio.run(plan_and_log())  # of the folder of the variant, which is not the one that the flow works in
+    assert "use.a.by: " in planned
     assert {p: p.read_bytes() for p in before} == before
     assert list((project / worktree.WORKTREES).iterdir()) == []
     shown = json.loads(sh(project, "dvc", "exp", "show", "--json"))
