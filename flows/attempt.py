@@ -1,6 +1,7 @@
 """One attempt at a stage in this folder: `dvc repro` of it, its lines heard, its failure judged."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,12 +108,43 @@ async def repro(stage: str, where: Where) -> str:
     return listener.outcome
 
 
+def why(ended: child.Ended) -> str:
+    """What DVC says of a failure: its errors, of which the last one is only a count (`3 files failed to upload`)."""
+    errors = list(dict.fromkeys(line.removeprefix("ERROR: ") for line in ended.lines if line.startswith("ERROR: ")))
+    return "; ".join(errors[:3] + errors[3:][-1:]) or (ended.lines[-1] if ended.lines else str(ended.code))
+
+
+class Outcomes:
+    """What happened to each stage of the flow runs of this process: an attempt that only pushes what the one before it made finds
+    the stage Cached, and yet it was run."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[str, str]] = {}
+
+    def keep(self, stage: str, outcome: str) -> str:
+        """The outcome of the first attempt at the stage that had one to tell; else this one."""
+        of_run = self._of.setdefault(str(runtime.flow_run.id), {})
+        if of_run.get(stage, "Cached") == "Cached":
+            of_run[stage] = outcome
+        return of_run[stage]
+
+    def told(self, cached: int) -> str:
+        """`2 stages run, 7 restored, 10 cached`; `cached`: how many stages were up to date from the start."""
+        counted = Counter(self._of.pop(str(runtime.flow_run.id), {}).values())
+        counts = {"run": counted["Completed"], "restored": counted["Restored"], "cached": counted["Cached"] + cached}
+        (what, first), *others = [(what, n) for what, n in counts.items() if n] or [("cached", 0)]
+        return ", ".join([f"{first} {'stage' if first == 1 else 'stages'} {what}", *(f"{n} {what}" for what, n in others)])
+
+
+OUTCOMES = Outcomes()
+
+
 async def exchange(what: str, stages: Sequence[str], where: Where, *, strict: bool = True) -> None:
     """`dvc push` or `dvc pull` of some stages. `strict`: a remote that cannot be reached fails the task, and is tried again."""
     if not (stages and where.share):
         return
     ended = await child.run(dag.command(what, *stages), cwd=where.folder, env={**dag.environment(), **where.env})
     if ended.code and strict:
-        raise StageFailed(f"dvc {what} {' '.join(stages)}: {ended.lines[-1] if ended.lines else ended.code}", again=True)
+        raise StageFailed(f"dvc {what} {' '.join(stages)}: {why(ended)}", again=True)
     if ended.code:
         get_run_logger().warning("dvc %s: %s", what, ended.text)

@@ -17,11 +17,16 @@ from typing import Any
 import yaml
 
 LOOSE_FILE_BYTES = 1_000_000
+MARKER = ".winnow"  # in a new remote that is a folder
 NO_PHONING_HOME = {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 class DVCError(Exception):
     """DVC refused; its own words."""
+
+
+class Unreachable(DVCError):
+    """The remote did not give what another machine had pushed to it."""
 
 
 @dataclass(frozen=True)
@@ -182,10 +187,27 @@ def repro(stage: str, force: bool = False) -> list[str]:
 
 
 def has_remote(folder: Path) -> bool:
-    """Whether a default remote is configured, through which machines share artifacts."""
-    return bool(subprocess.run(
-        command("config", "core.remote"), cwd=folder, env=environment(), capture_output=True, text=True
-    ).stdout.strip())  # fmt: skip
+    """Whether a default remote is configured, through which machines share artifacts.
+
+    Raises DVCError where it is a folder that is not there, or that is empty and without a file MARKER: DVC would make it anew, on
+    the disk below a share that is not mounted, and nobody else would see what is pushed.
+    """
+    name = _configured(folder, "core.remote")
+    url = _configured(folder, f"remote.{name}.url") if name else ""
+    if name and "://" not in url:
+        place = (folder / ".dvc" / url).resolve()  # a relative one is kept as it is seen from the configuration
+        new = f"For a new one: `mkdir -p {place} && touch {place / MARKER}`."
+        if not place.is_dir():
+            raise DVCError(f"the DVC remote `{name}` is the folder {place}, which is not there. Mount it. {new}")
+        if not any(place.iterdir()):
+            raise DVCError(f"the DVC remote `{name}` is the folder {place}, which is empty. Is it mounted? {new}")
+    return bool(name)
+
+
+def _configured(folder: Path, key: str) -> str:
+    return subprocess.run(
+        command("config", key), cwd=folder, env=environment(), capture_output=True, text=True
+    ).stdout.strip()  # fmt: skip
 
 
 def override(folder: Path, changes: Sequence[str]) -> None:
@@ -227,14 +249,17 @@ def loose_files(folder: Path, stage: str) -> dict[str, str]:
 def adopt(folder: Path, stage: str, entry: Mapping[str, Any], files: Mapping[str, str]) -> None:
     """Take over what another machine made: its lock entry and metrics from there, its artifacts from the remote.
 
-    Raises DVCError, and leaves dvc.lock and the metrics as they were, if the artifacts cannot be pulled or do not fit the code,
-    params and inputs of `folder`.
+    Raises Unreachable if the artifacts cannot be pulled, DVCError if they do not fit the code, params and inputs of `folder`;
+    dvc.lock and the metrics are then as they were.
     """
     before = {path: (folder / path).read_text() if (folder / path).is_file() else None for path in files}
     known = _enter(folder, stage, entry)
     try:
         _write(folder, files)
-        call(folder, "pull", stage)
+        try:
+            call(folder, "pull", stage)
+        except DVCError as error:
+            raise Unreachable(str(error)) from None
         changes = stale(folder, [stage])
         if changes:
             raise DVCError(f"{stage} was made by other code, params or inputs than those here: {json.dumps(changes[stage])}")

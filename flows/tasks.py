@@ -24,7 +24,7 @@ OUTCOME = "outcome"
 async def run_stage(stage: str, where: Where, pull: Sequence[str] = (), strict: bool = True) -> State:
     """Bring one stage up to date in this folder, with what it needs from the remote and for it; see `repro` for the states."""
     await attempt.exchange("pull", pull, where, strict=strict)
-    outcome = await attempt.repro(stage, where)
+    outcome = attempt.OUTCOMES.keep(stage, await attempt.repro(stage, where))
     await attempt.exchange("push", [stage], where)  # whatever the outcome: an attempt before this one may have failed to
     return Completed(name=outcome, message=stage)
 
@@ -35,7 +35,8 @@ async def run_stage_elsewhere(
 ) -> State:
     """Have a worker of another pool run the stage, and take over what it made."""
     await attempt.exchange("push", needs, where)
-    return Completed(name=await run_elsewhere(stage, where, deployment, limits), message=stage)
+    outcome = attempt.OUTCOMES.keep(stage, await run_elsewhere(stage, where, deployment, limits))
+    return Completed(name=outcome, message=stage)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -83,7 +84,10 @@ async def run_elsewhere(stage: str, where: Where, deployment: str, limits: Mappi
     if "dvc.lock" in facts:  # it worked in another clone
         entry = yaml.safe_load(facts.pop("dvc.lock"))
         what = facts.pop("outcome")
-        await asyncio.to_thread(dag.adopt, where.folder, stage, entry, facts)
+        try:
+            await asyncio.to_thread(dag.adopt, where.folder, stage, entry, facts)
+        except dag.Unreachable as error:  # it was made: the next attempt finds it there, and has only to pull it
+            raise StageFailed(str(error), again=True) from error
         return what
     return facts["outcome"]
 

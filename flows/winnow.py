@@ -17,7 +17,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, State
 
 from flows import child, dag, forecast, plan, tracking, worktree
-from flows.attempt import Where
+from flows.attempt import OUTCOMES, Where
 from flows.order import in_order
 from flows.tasks import limited, run_stage, run_stage_elsewhere, up_to_date
 
@@ -111,9 +111,7 @@ async def winnow(
         saved = await asyncio.to_thread(dag.call, folder, *save)
         log.info(saved.strip())
         worktree.remove(workspace, folder)
-    return Completed(
-        message=f"{len(todo)} stages run, {len(wanted) - len(todo)} cached" if todo else f"{len(wanted)} stages cached"
-    )
+    return Completed(message=OUTCOMES.told(cached=len(wanted) - len(todo)))
 
 
 async def check(folder: Path, *args: str) -> None:

@@ -369,8 +369,42 @@ def test_what_could_not_be_pushed_is_pushed_by_the_next_attempt(
 
     monkeypatch.setattr(attempt, "exchange", exchange)
     monkeypatch.setattr(tasks, "RETRY_SECONDS", [0])
-    assert play(targets=["make"], retries=1) == {"make": "Cached"}
+    assert play(targets=["make"], retries=1) == {"make": "Completed"}  # by the first attempt; the second one only pushed
     assert pushed == ["make", "make"]
+
+
+def test_a_failed_push_says_why() -> None:
+    lines = [
+        "Pushing",
+        "ERROR: failed to transfer 'ab12' - [Errno 28] No space left on device",
+        "ERROR: failed to push data: 3 files",
+    ]
+    said = attempt.why(child.Ended(255, lines))
+    assert said == "failed to transfer 'ab12' - [Errno 28] No space left on device; failed to push data: 3 files"
+    assert attempt.why(child.Ended(137, [])) == "137"
+
+
+def test_outcomes_are_counted_by_what_happened() -> None:
+    outcomes = attempt.Outcomes()
+    for stage, outcome in (("a", "Completed"), ("a", "Cached"), ("b", "Restored"), ("c", "Restored"), ("d", "Cached")):
+        outcomes.keep(stage, outcome)
+    assert outcomes.told(cached=2) == "1 stage run, 2 restored, 3 cached"
+    assert outcomes.told(cached=4) == "4 stages cached"
+
+
+def test_a_remote_that_is_not_mounted_is_refused(project: Path, tmp_path: Path) -> None:
+    assert not dag.has_remote(project)
+    remote = tmp_path / "share" / "winnow"
+    sh(project, "dvc", "remote", "add", "--local", "--default", "shared", str(remote))
+    with pytest.raises(dag.DVCError, match="which is not there"):
+        dag.has_remote(project)
+    remote.mkdir(parents=True)
+    with pytest.raises(dag.DVCError, match="which is empty"):
+        dag.has_remote(project)
+    (remote / dag.MARKER).touch()
+    assert dag.has_remote(project)
+    sh(project, "dvc", "remote", "add", "--local", "--default", "cloud", "s3://bucket/winnow")
+    assert dag.has_remote(project)
 
 
 def test_each_stage_that_waits_for_a_worker_shows_it_its_own_token(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,8 +429,12 @@ def test_each_stage_that_waits_for_a_worker_shows_it_its_own_token(project: Path
     assert list((project / ".scratch/flows").iterdir()) == []
 
 
-def test_two_clones_share_a_stage_through_the_remote(project: Path, tmp_path: Path) -> None:
+def test_two_clones_share_a_stage_through_the_remote(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `run_elsewhere` and `stage` do, without Prefect between them."""
+
+    def away(*_: object) -> str:
+        raise dag.DVCError("dvc pull: the remote is away")
+
     other = tmp_path / "other"
     sh(tmp_path, "git", "clone", "-q", str(project), str(other))
     for clone in (project, other):
@@ -417,6 +455,11 @@ def test_two_clones_share_a_stage_through_the_remote(project: Path, tmp_path: Pa
     known = dag.lock_entry(project, "use@a")
     with pytest.raises(dag.DVCError, match="other code, params or inputs"):
         dag.adopt(project, "use@a", entry, {"data/use/a.json": "{}", "data/new.json": "{}"})
+    assert dag.lock_entry(project, "use@a") == known
+    with monkeypatch.context() as patched:
+        patched.setattr(dag, "call", away)
+        with pytest.raises(dag.Unreachable, match="away"):  # worth another attempt
+            dag.adopt(project, "use@a", known, {})
     assert dag.lock_entry(project, "use@a") == known
     assert (project / "data/use/a.json").read_text() == '{"n":1}\n'
     assert not (project / "data/new.json").exists()

@@ -144,6 +144,8 @@ def clone(site: Site) -> None:
     site.sh(origin, "git", "init", "-q", ".")
     site.sh(origin, "git", "add", "-A")
     site.sh(origin, "git", "-c", "user.name=n", "-c", "user.email=n@example.org", "commit", "-qm", "all")
+    (site.folder / "remote").mkdir()
+    (site.folder / "remote" / ".winnow").touch()
     for folder in (site.cpu, site.gpu):
         site.sh(site.folder, "git", "clone", "-q", str(origin), str(folder))
         site.sh(folder, "dvc", "remote", "add", "--local", "--default", "shared", str(site.folder / "remote"))
