@@ -213,8 +213,8 @@ def dvc(repository: House, *commands: str) -> list[str]:
 def test_dvc_shows_ten_figures_and_its_pages_work_offline(repository: House, browser: Browser) -> None:
     shown, experiments, *_ = dvc(
         repository,
-        "metrics show --json",
-        "exp show --csv --drop .*[./]",
+        "metrics show data/compare/metrics.json --json",
+        "exp show --csv",
         "plots show",
         "plots diff HEAD workspace --out differences",
         "artifacts get . student --out mine",
@@ -226,8 +226,8 @@ def test_dvc_shows_ten_figures_and_its_pages_work_offline(repository: House, bro
         comparison["best"],
         comparison["entries"][comparison["best"]]["val"]["top1"],
     )
-    header = experiments.splitlines()[0].split(",")
-    assert set(header) - {"Experiment", "rev", "typ", "Created", "parent", "seed"} == set(figures)
+    columns = {column.rpartition(":")[2] for column in experiments.splitlines()[0].split(",")}
+    assert set(figures) <= columns
     assert artifact.identity(repository.folder / "mine") == artifact.identity(repository.folder / "data/export/student")
     titles = {plot["title"] for declared in declared_plots(repository) for plot in declared.values()}
     assert "live: training loss" in titles
