@@ -5,9 +5,9 @@
 Runs recipes/ablation.yaml as benchmarks.seeds runs a recipe. Times are those of the stages, which a seed ran one after another.
 """
 
+import argparse
 import re
 import statistics
-import time
 from pathlib import Path
 
 from benchmarks import seeds
@@ -28,16 +28,13 @@ Evaluations = dict[str, Evaluation]  # by entry
 
 
 def main() -> None:
-    args = seeds.arguments(__doc__).parse_args()
-    start = time.monotonic()
+    seeds.tell("ablation", __doc__, measured)
+
+
+def measured(args: argparse.Namespace) -> str:
     folders = seeds.repeat(RECIPE, args.seeds, args.jobs, args.commit)
-    command = f"python -m benchmarks.ablation --seeds {' '.join(map(str, args.seeds))}"
-    how = f"`{command}`\n\n{seeds.machine()}; {time.monotonic() - start:,.0f} s in all."
     found = [seeds.evaluations(folder) for folder in folders]
-    text = f"{how}\n\n{ladder(found)}\n{cached(found, [seconds(folder) for folder in folders])}\n{seeds.table(folders)}"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    return f"{ladder(found)}\n{cached(found, [seconds(folder) for folder in folders])}\n{seeds.table(folders)}"
 
 
 def top1(evaluations: list[Evaluations], entry: str) -> list[float]:

@@ -7,7 +7,6 @@ class, or three, or 44, make the holdout that the stages ask for; nothing is cho
 """
 
 import argparse
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,18 +29,15 @@ PUBLISHED = (  # USB's table of CIFAR-10, as its authors give it: 100 minus the 
     ("FixMatch", ("91.7", "95.0", "95.7")),
     ("FreeMatch", ("95.0", "95.2", "95.9")),
 )
-DIFFERS = "WRN-28-2, 214 MMACs; 1,048,576 steps of 64 labelled and 448 other images, strong augmentation, PNGs"
+DIFFERS = "WRN-28-2, 214 MMACs; 1,048,576 steps of 64 labelled and, but for `supervised`, 448 other images; PNGs"
 
 
 def main() -> None:
-    args = seeds.arguments(__doc__).parse_args()
-    start = time.monotonic()
-    found = {labels: [seeds.evaluations(folder) for folder in runs(labels, args)] for labels in LABELS}
-    command = f"python -m benchmarks.field --seeds {' '.join(map(str, args.seeds))}"
-    text = f"`{command}`\n\n{seeds.machine()}; {time.monotonic() - start:,.0f} s in all.\n\n{table(found)}"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    seeds.tell("field", __doc__, measured)
+
+
+def measured(args: argparse.Namespace) -> str:
+    return table({labels: [seeds.evaluations(folder) for folder in runs(labels, args)] for labels in LABELS})
 
 
 def runs(labels: int, args: argparse.Namespace) -> list[Path]:

@@ -6,8 +6,8 @@ Runs recipes/losses.yaml as benchmarks.seeds runs a recipe. Its entries are name
 with the best mean on the holdout is taken, and its accuracy on val is what the table compares.
 """
 
+import argparse
 import statistics
-import time
 
 from benchmarks import seeds
 from pipeline.report.evaluation import Evaluation
@@ -25,15 +25,12 @@ Evaluations = dict[str, Evaluation]  # by entry
 
 
 def main() -> None:
-    args = seeds.arguments(__doc__).parse_args()
-    start = time.monotonic()
+    seeds.tell("losses", __doc__, measured)
+
+
+def measured(args: argparse.Namespace) -> str:
     folders = seeds.repeat(RECIPE, args.seeds, args.jobs, args.commit)
-    command = f"python -m benchmarks.losses --seeds {' '.join(map(str, args.seeds))}"
-    found = [seeds.evaluations(folder) for folder in folders]
-    text = f"`{command}`\n\n{seeds.machine()}; {time.monotonic() - start:,.0f} s in all.\n\n{table(found)}"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    return table([seeds.evaluations(folder) for folder in folders])
 
 
 def weights(evaluations: list[Evaluations], loss: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,19 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--commit", default="HEAD", help="the code to run")
     parser.add_argument("--out", type=Path, help="also write what is printed to this Markdown file")
     return parser
+
+
+def tell(name: str, description: str | None, measure: Callable[[argparse.Namespace], str]) -> None:
+    """The command `python -m benchmarks.<name>`: print what `measure` found, as Markdown below the command, the machine and the
+    time, and write it to `--out`."""
+    args = arguments(description).parse_args()
+    start = time.monotonic()
+    found = measure(args)
+    command = f"python -m benchmarks.{name} --seeds {' '.join(map(str, args.seeds))}"
+    text = f"`{command}`\n\n{machine()}; {time.monotonic() - start:,.0f} s in all.\n\n{found}"
+    print(text)
+    if args.out:
+        args.out.write_text(text)
 
 
 def repeat(recipe: Path, seeds: list[int], jobs: int, commit: str) -> list[Path]:
