@@ -105,7 +105,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     artifact.discard.set(not first)
     if first and "DVC_ROOT" in os.environ:
         lockfile.keep(WORK)
-    named = {name: _filled(getattr(args, name), file, keys) for name in paths}
+    named = _filled({name: getattr(args, name) for name in paths}, file, keys)
     outs = {name: path for name, path in named.items() if is_out(name)}
     inputs = {name: path for name, path in named.items() if not is_out(name)}
     injected: dict[str, Any] = {"machine": machine}
@@ -165,19 +165,20 @@ def _entry(stage: str) -> str:
     return entry
 
 
-def _filled(path: str, file: Path, keys: tuple[str, ...]) -> Path:
-    """A path of the command line, in which `{entry}` stands for the entry, and `{teacher}` for that key of its params."""
+def _filled(paths: Mapping[str, str], file: Path, keys: tuple[str, ...]) -> dict[str, Path]:
+    """The paths of the command line, in which `{entry}` stands for the entry, and `{teacher}` for that key of its params."""
+    own: Any = parameters.read(file)
+    for key in keys:
+        own = own.get(key) if isinstance(own, dict) else None
 
     def of(match: re.Match[str]) -> str:
-        where: Any = parameters.read(file)
-        for key in keys:
-            where = where.get(key) if isinstance(where, dict) else None
-        found = keys[-1] if match[1] == "entry" else where.get(match[1]) if isinstance(where, dict) else None
+        found = keys[-1] if match[1] == "entry" else own.get(match[1]) if isinstance(own, dict) else None
         if not isinstance(found, str):
-            raise parameters.ParamsError(f"{file}: `{'.'.join((*keys, match[1]))}` is missing, which {path} is made of. Add it.")
+            key = ".".join((*keys, match[1]))
+            raise parameters.ParamsError(f"{file}: `{key}` is missing, which {match.string} is made of. Add it.")
         return found
 
-    return Path(re.sub(r"\{(\w+)\}", of, path))
+    return {name: Path(re.sub(r"\{(\w+)\}", of, path)) for name, path in paths.items()}
 
 
 def is_out(name: str) -> bool:
