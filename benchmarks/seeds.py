@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from pipeline.harness.machine import processor
 from pipeline.report import evaluation, pairs
 from pipeline.report.evaluation import Evaluation
 
@@ -207,9 +208,7 @@ def usable_cores() -> int:
 
 def machine() -> str:
     """The processor's name and the number of usable cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = processor() or platform.processor()
     return f"{usable_cores()} cores of a shared {name}"
 
 

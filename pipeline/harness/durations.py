@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.harness import progress
-from pipeline.harness.machine import Machine
+from pipeline.harness.machine import Machine, processor
 from pipeline.store import artifact
 
 FILE, PLAN = Path("durations.jsonl"), Path("plan.json")
@@ -40,11 +40,8 @@ def usage() -> tuple[float, float]:
 
 def machine_of(machine: Machine) -> dict[str, Any]:
     """What of a machine decides how long work takes: durations are compared where this is equal."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     how = machine.model_dump(mode="json", exclude={"memory_gb", "checkpoint_minutes"})
-    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), **how}
+    return {"cpu": processor(), "cores": len(os.sched_getaffinity(0)), **how}
 
 
 def rows_of(paths: Mapping[str, Path]) -> dict[str, int]:

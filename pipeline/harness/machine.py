@@ -1,6 +1,7 @@
 """How a stage runs on this machine: the section `machine`, for which nothing is made again."""
 
 import os
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -37,3 +38,10 @@ class Machine(Section):
     def cores(self, wanted: int) -> int:
         """`wanted`, or this process's share of the usable cores if it is 0."""
         return wanted or max(1, len(os.sched_getaffinity(0)) // ranks.on_this_machine())
+
+
+def processor() -> str:
+    """The processor's name as the kernel says it; empty where it does not."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
