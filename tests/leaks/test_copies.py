@@ -147,6 +147,27 @@ def test_the_compressed_index_finds_the_same(originals: list[np.ndarray], monkey
     assert removed(VotingIndex.load(tmp_path), gallery, queries) == exact == {(i, i) for i in range(6)}
 
 
+def test_most_features_of_an_image_that_is_no_copy_are_not_searched_for(
+    originals: list[np.ndarray], gallery: list[features.Picture], monkeypatch: pytest.MonkeyPatch
+):
+    copied = [features.extract(COPIES[name](originals[i])) for i, name in enumerate(list(COPIES)[:3])]
+    bag = features.bag([picture.features for picture in [*copied, *(features.extract(photograph(s)) for s in range(300, 306))]])
+    monkeypatch.setattr(index, "EXACT", 0)
+    monkeypatch.setattr(index, "HINT", 5)  # among nine images two votes are of one accord by chance
+    compressed = index_of(gallery)
+    asked, search_for = [], compressed.index.search
+    compressed.index.search = lambda x, k: (asked.append(len(x)), search_for(x, k))[1]
+    found = compressed.shortlist(bag)
+    early, late = asked
+    assert early == -(-np.bincount(bag.owner) // index.EVERY).sum()
+    assert 0 < late < 0.5 * (len(bag.owner) - early)
+    monkeypatch.setattr(index, "EXACT", 10**9)  # all at once
+    whole = compressed.shortlist(bag)
+    both, all_at_once = (set(zip(*(column.tolist() for column in c), strict=True)) for c in (found, whole))
+    assert both <= all_at_once
+    assert {row for row in all_at_once if row[0] < len(copied)} <= both
+
+
 @pytest.mark.parametrize("overlay", [badged, captioned])
 def test_different_photographs_with_the_same_overlay_stay(overlay):
     pictures = [features.extract(overlay(photograph(seed, 320, 240))) for seed in range(300, 308)]
