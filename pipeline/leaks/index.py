@@ -28,8 +28,8 @@ VOTES = 3  # a candidate has at least this many, and this many of one accord abo
 ACCORD = 0.07  # in units of the longest side
 SHORTLIST = 10  # candidates per query image before they must be of one accord
 EVERY, HINT = 3, 2
-"""Every third feature of an image is searched for first, and the others where HINT votes of these are of one accord: so an image
-that is no copy mostly costs a third. Of 966 copies that the whole search finds, none is lost (`docs/dedup.md`)."""
+"""Every third feature of a large image is searched for first, and the others where HINT votes of these are of one accord, or
+one is for a small image: so an image that is no copy mostly costs a third. docs/dedup.md says what is lost."""
 
 
 class VotingIndex:
@@ -41,17 +41,18 @@ class VotingIndex:
     per entry.
     """
 
-    def __init__(self, index: Any, owner: np.ndarray, points: np.ndarray, turned: np.ndarray) -> None:
+    def __init__(self, index: Any, owner: np.ndarray, points: np.ndarray, turned: np.ndarray, large: np.ndarray) -> None:
         """`owner`: (descriptors,) int32, the reference row of each; `points`: (descriptors, 4) float16, as in Features; `turned`:
-        (2 descriptors,) bool, which entries are those of a negative.
+        (2 descriptors,) bool, which entries are those of a negative; `large`: (descriptors,) bool, those of large images.
 
         Entry 2 d of the index is descriptor d, entry 2 d + 1 its mirror image.
         """
-        self.index, self.owner, self.points, self.turned = index, owner, points, turned
+        self.index, self.owner, self.points, self.turned, self.large = index, owner, points, turned, large
 
     @classmethod
-    def build(cls, count: int, parts: Iterable[Bag], sample: np.ndarray) -> "VotingIndex":
-        """`parts` holds `count` features in all; `sample`, (m, 128) of their descriptors, trains the codes."""
+    def build(cls, count: int, parts: Iterable[Bag], sample: np.ndarray, large: np.ndarray | None = None) -> "VotingIndex":
+        """`parts` holds `count` features in all; `sample`, (m, 128) of their descriptors, trains the codes; `large`: (rows,)
+        bool, the reference images of at least `features.LOOK` pixels; None: none of them."""
         index = _empty_index(2 * count, sample)
         owner, points, turned = np.empty(count, np.int32), np.empty((count, 4), np.float16), np.empty(2 * count, bool)
         n = 0
@@ -62,13 +63,13 @@ class VotingIndex:
             index.add(both.astype(np.float32))
             owner[n:end], points[n:end] = part.owner, part.points
             n = end
-        return cls(index, owner, points, turned)
+        return cls(index, owner, points, turned, np.zeros(count, bool) if large is None else large[owner])
 
     def save(self, folder: Path) -> None:
         import faiss
 
         faiss.write_index(self.index, str(folder / "index.faiss"))
-        kept = {"owner": self.owner, "points": self.points, "turned": self.turned}
+        kept = {"owner": self.owner, "points": self.points, "turned": self.turned, "large": self.large}
         safetensors.numpy.save_file(kept, folder / ARRAYS)  # np.save does not say that the disk is full
 
     @classmethod
@@ -78,19 +79,21 @@ class VotingIndex:
         faiss.omp_set_num_threads(1)
         index = faiss.read_index(str(folder / "index.faiss"))
         kept = safetensors.numpy.load_file(folder / ARRAYS)
-        return cls(index, kept["owner"], kept["points"], kept["turned"])
+        return cls(index, **kept)
 
-    def shortlist(self, queries: Bag, exclude: np.ndarray | None = None) -> Candidates:
+    def shortlist(self, queries: Bag, exclude: np.ndarray | None = None, large: np.ndarray | None = None) -> Candidates:
         """The reference images that the queries share features with, at most SHORTLIST each, the likeliest first.
 
         `exclude`: the reference row that each query row shall not find (itself), where queries and reference are the same images.
+        `large`: (rows,) bool, the query images of at least `features.LOOK` pixels; None: none of them.
         """
         rows = np.arange(len(queries.owner))
-        if len(self.turned) <= EXACT:
+        if large is None or len(self.turned) <= EXACT:
             return self._candidates(self._votes(queries, rows, exclude), queries, VOTES)
         early = (rows - np.searchsorted(queries.owner, queries.owner)) % EVERY == 0
         votes = self._votes(queries, rows[early], exclude)
-        hinted = np.unique(self._candidates(votes, queries, HINT).query)
+        for_small = votes.query[~self.large[votes.voted]]
+        hinted = np.unique(np.concatenate([self._candidates(votes, queries, HINT).query, for_small, np.flatnonzero(~large)]))
         late = self._votes(queries, rows[~early & np.isin(queries.owner, hinted)], exclude)
         votes = votes.where(np.isin(votes.query, hinted))
         both = _Votes(*(np.concatenate(columns) for columns in zip(votes, late, strict=True)))

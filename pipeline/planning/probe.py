@@ -196,6 +196,11 @@ class Prober:
         return [features.extract(image) for image in self.pixels]
 
     @cached_property
+    def large(self) -> np.ndarray:
+        """(images,) bool"""
+        return np.array([picture.detail >= features.LOOK for picture in self.described])
+
+    @cached_property
     def searched(self) -> tuple[VotingIndex, Rate, int]:
         """An index of made-up images, large enough to be compressed, what an entry of it took, and how many it has.
 
@@ -209,7 +214,8 @@ class Prober:
         owner = (np.arange(count) // (ENTRIES // 2)).astype(np.int32)
         bag = features.Bag(owner, real.points[random.permutation(rows)], descriptors)
         timer = Timer()
-        index = VotingIndex.build(count, [bag], np.concatenate([descriptors, np.zeros((1, 128), np.uint8)]))
+        large = np.full(count, self.large.all())
+        index = VotingIndex.build(count, [bag], np.concatenate([descriptors, np.zeros((1, 128), np.uint8)]), large)
         return index, timer.rate(max(1, 2 * count)), 2 * count
 
     def _index(self) -> Rate:
@@ -218,7 +224,7 @@ class Prober:
     def _vote(self) -> Rate:
         index, _, entries = self.searched
         queries = features.bag([picture.features for picture in self.described])
-        rate = self._alone(index.shortlist, [queries], len(self.described))
+        rate = self._alone(lambda bag: index.shortlist(bag, None, self.large), [queries], len(self.described))
         unit = votes(max(entries, ENTRIES))
         return Rate(rate.wall / unit, rate.cpu / unit)
 
