@@ -120,7 +120,7 @@ TRIED: dict[Training, Sequence[tuple[int, int]]] = {
 }
 
 
-PIECES = {labels: 2, contrast: 2, distilled: 1, disagree: 1}
+PIECES: dict[Training, int] = {labels: 2, contrast: 2, distilled: 1, disagree: 1}
 
 
 class Witness:

@@ -35,7 +35,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("forked")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.learning.forked", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr
     read: dict[str, Any] = json.loads((out / "found.json").read_text())
     return read
@@ -50,7 +50,7 @@ def test_a_training_goes_on_with_another_number_of_processes(found: dict[str, An
     assert changing["losses"] == pytest.approx(whole["losses"], abs=1e-4)
     order = fit.Order(forked.IMAGES, forked.BATCH, forked.SEED)
     for run in (whole, changing):
-        seen = defaultdict(list)
+        seen: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for step, rows, passes in run["seen"]:
             seen[step] += zip(rows, passes, strict=True)
         assert sorted(seen) == list(range(forked.STEPS))
@@ -63,7 +63,7 @@ def test_a_killed_process_ends_the_others(found: dict[str, Any]) -> None:
     """`forked` has looked at their exit codes; what they took does not hang on the load of the machine."""
     seconds = found["labels-changing"]["seconds"]
     assert len(seconds) == len(forked.CHANGES)
-    assert max(seconds[:-1]) < 20
+    assert max(seconds[:-1]) < 60  # where they hung, it would be gloo's half hour
 
 
 @pytest.mark.whole
@@ -83,6 +83,7 @@ def command(house: Path, processes: int) -> tuple[list[str], dict[str, str]]:
 
 
 @pytest.mark.whole
+@pytest.mark.timeout(1500)  # four starts of Python with torch, on a busy machine
 def test_a_stage_whose_process_was_killed_goes_on_with_one(tmp_path: Path) -> None:
     """The group under torchrun ends by itself, and leaves a checkpoint that a single process takes up."""
     prepared(tmp_path, {"ant": 10, "bee": 10}, pool=2, holdout=0.2)
@@ -91,11 +92,11 @@ def test_a_stage_whose_process_was_killed_goes_on_with_one(tmp_path: Path) -> No
     with (tmp_path / "said").open("w") as said:
         launcher = subprocess.Popen(args, env=environment, cwd=tmp_path, stderr=said)
     try:
-        assert waited(lambda: any(tmp_path.glob(".scratch/teach.it/*/checkpoint/done.json")) or launcher.poll() is not None, 100)
+        assert waited(lambda: any(tmp_path.glob(".scratch/teach.it/*/checkpoint/done.json")) or launcher.poll() is not None, 500)
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         assert len(children) == 2, (tmp_path / "said").read_text()
         os.kill(int(children[1]), signal.SIGKILL)
-        assert launcher.wait(timeout=60) == 1
+        assert launcher.wait(timeout=200) == 1
     finally:
         launcher.kill()
         launcher.wait()
@@ -105,7 +106,7 @@ def test_a_stage_whose_process_was_killed_goes_on_with_one(tmp_path: Path) -> No
     begun = json.loads((checkpoint / "done.json").read_text())
     assert 0 < begun["step"] < TRAINING["steps"]
     args, environment = command(tmp_path, 1)
-    done = subprocess.run(args, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(args, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("done in") == 1
     artifact.verify(tmp_path / "data/teach/it")
@@ -131,7 +132,7 @@ def test_the_group_ends_with_its_launcher(tmp_path: Path) -> None:
     begin = [sys.executable, "-c", "from pipeline.harness import ranks; ranks.launch(2, 'waits', [])"]
     launcher = subprocess.Popen(begin, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
     try:
-        assert waited(lambda: len(list(tmp_path.glob("waits-*"))) == 2 or launcher.poll() is not None, 60)
+        assert waited(lambda: len(list(tmp_path.glob("waits-*"))) == 2 or launcher.poll() is not None, 200)
     finally:
         launcher.kill()
         launcher.wait()
