@@ -254,13 +254,13 @@ def measured(piece: Piece, workspace: Path, images: int, limit: float) -> Used:
 
 def ran(line: Sequence[str], workspace: Path, limit: float, watch: "Watch | None" = None) -> Used:
     """Run a command to its end, for `limit` seconds, or until `watch` has seen enough."""
-    start, problem = time.monotonic(), None
+    start, problem, memory = time.monotonic(), None, 0.0
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WINNOW_TRACKING": "off"}
     with (workspace / "said").open("w+") as said:
         process = subprocess.Popen(line, cwd=workspace, env=environment, stdout=said, stderr=said, start_new_session=True)
         try:
             while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-                wall = time.monotonic() - start
+                wall, memory = time.monotonic() - start, max(memory, _peak(process.pid))
                 if problem is None and (wall > limit or (watch and watch.enough(_cpu(process.pid), wall))):
                     problem = ENOUGH if wall <= limit else f"did not end in {limit:,.0f} s"
                     os.killpg(process.pid, signal.SIGKILL)
@@ -273,10 +273,16 @@ def ran(line: Sequence[str], workspace: Path, limit: float, watch: "Watch | None
         said.seek(0)
         if process.returncode and problem is None:
             problem = (said.read().splitlines() or [str(process.returncode)])[-1]
-    used = Used(usage.ru_utime + usage.ru_stime, time.monotonic() - start, usage.ru_maxrss / 1e6, problem=problem)
+    used = Used(usage.ru_utime + usage.ru_stime, time.monotonic() - start, memory, problem=problem)
     if watch:
         watch.memory = used.memory
     return used
+
+
+def _peak(process: int) -> float:
+    """The most gigabytes that a running process has held; what wait4 says is at least what this one holds."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    return int(found[1]) * 1024 / 1e9 if found else 0.0
 
 
 def _cpu(process: int) -> float:
@@ -405,10 +411,8 @@ def table(results: Results) -> str:
             power = math.log(used.cpu / before[1].cpu) / math.log(images / before[0]) if before else None
             note = f"extrapolated from {used.done:,} images; {used.rest:,.0f} s at full size" if used.done else ""
             each, grows = 1e6 * used.cpu / images, "" if power is None else f"N^{power:.2f}"
-            figures = (
-                f"{used.cpu:,.1f} | {each:,.1f} | {grows} | {used.wall:,.0f} | {used.memory:.2f} | {used.written / 1e6:,.1f}"
-            )
-            lines.append(f"| `{piece.name}` | {images:,} | {figures} | {note} |")
+            figures = f"{used.cpu:,.1f} | {each:,.1f} | {grows} | {used.wall:,.0f} | {used.memory:.2f}"
+            lines.append(f"| `{piece.name}` | {images:,} | {figures} | {used.written / 1e6:,.1f} | {note} |")
             before = images, used
     return "\n".join(lines) + "\n"
 
