@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale --images 1_000_000 5_000_000 14_000_000 --out docs/scale-table.md
     python -m benchmarks.scale --images 14_000_000 --stages prepare search dedup --minutes 30
+    python -m benchmarks.scale --images 14_000_000 --from 1_000_000 --stages dedup teach score select
 
 Each stage at each size is a piece of its own, run by the command of dvc.yaml in a folder below .scratch/scale/ and kept in
 results.json there: a repeated command goes on with what is missing, and with what did not end within --minutes.
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
@@ -92,6 +94,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[1_000_000, 5_000_000, 14_000_000], help="of the pool")
     parser.add_argument("--stages", nargs="+", choices=[*dict.fromkeys(piece.stage for piece in PIECES)], help="only these")
     parser.add_argument("--minutes", type=float, default=60, help="the limit of a command")
+    parser.add_argument(
+        "--from", dest="known", type=int, help="take what prepare and search found at so many images, for more of the same"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / ".scratch" / "scale")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     args = parser.parse_args()
@@ -100,6 +105,8 @@ def main() -> None:
     for images in sorted(args.images):
         workspace = args.folder.resolve() / str(images)
         draw(workspace, images)
+        if args.known and args.known < images:
+            repeat(args.folder.resolve() / str(args.known), workspace, images)
         for piece in PIECES:
             if (args.stages is None or piece.stage in args.stages) and not results.has(images, piece):
                 missing = [path for path in Command(piece).inputs if not (workspace / path).exists()]
@@ -158,6 +165,25 @@ def _jpeg(seed: int) -> bytes:
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     picture = cv2.resize(coarse, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
     return cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
+
+
+def repeat(known: Path, workspace: Path, images: int) -> None:
+    """What `prepare` would write: the pool's first tar, again and again under its other names; and the findings of the smaller
+    pool, for `dedup`. Nothing where they are there."""
+    for name in ("prepare/train", "prepare/holdout", "prepare/val", "search/findings"):
+        if not (workspace / "data" / name).exists():
+            artifact.copy(known / "data" / name, workspace / "data" / name)
+    pool = workspace / "data" / "prepare" / "pool"
+    if pool.exists():
+        return
+    tar = "pool-00000.tar"
+    first = manifest.read(known / "data" / "prepare" / "pool").table.slice(0, MEMBERS).cast(manifest.STORED)
+    with artifact.writing(pool) as tmp, manifest.Writer(tmp, ()) as writer:
+        for number in range(-(-images // MEMBERS)):
+            rows = first.slice(0, images - number * MEMBERS)
+            for at, name in enumerate(manifest.STORED.names[:2]):
+                rows = rows.set_column(at, name, pc.replace_substring(rows[name], tar, f"pool-{number:05}.tar"))
+            writer.add(rows)
 
 
 def params(images: int) -> dict[str, Any]:
@@ -376,16 +402,20 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "results.json"
-        self.rows: dict[str, dict[str, dict[str, Any]]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    @property
+    def rows(self) -> dict[str, dict[str, dict[str, Any]]]:
+        return dict(json.loads(self.file.read_text())) if self.file.exists() else {}
 
     def has(self, images: int, piece: Piece) -> bool:
         row = self.rows.get(str(images), {}).get(piece.name)
         return row is not None and row["problem"] is None
 
     def keep(self, images: int, piece: Piece, used: Used) -> None:
-        self.rows.setdefault(str(images), {})[piece.name] = asdict(used)
+        rows = self.rows
+        rows.setdefault(str(images), {})[piece.name] = asdict(used)
         with artifact.writing_file(self.file) as tmp:
-            tmp.write_text(json.dumps(self.rows, indent=1) + "\n")
+            tmp.write_text(json.dumps(rows, indent=1) + "\n")
 
     def of(self, piece: Piece) -> dict[int, Used]:
         """By the number of images, ascending."""
