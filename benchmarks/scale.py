@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ from pipeline.store import artifact, manifest
 
 DISTINCT, MEMBERS, SIDE = 1024, 16_384, 32
 CLASSES, LABELLED, VAL = 100, 20, 5  # images of each class
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.1
 SAMPLE = 3
 """Shards that are measured where not all are done; the first one also pays for the start."""
 
@@ -130,20 +131,21 @@ def draw(workspace: Path, images: int) -> None:
     raw = workspace / "data" / "raw"
     if raw.exists():
         return
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    (workspace / "data" / "scratch").touch()
+    (workspace / "data" / "labels").touch()
+    (workspace / "data" / "overrides.csv").write_text("id,action,reason\n")
+    (workspace / "params.yaml").write_text(yaml.safe_dump(params(images), sort_keys=False))
     with artifact.writing(raw) as tmp:
-        labels = [f"c{number:03}" for number in range(CLASSES)]
+        names = [f"c{number:03}" for number in range(CLASSES)]
         for name, each in (("labelled", LABELLED), ("val", VAL)):
-            _tar(tmp / f"{name}.tar", [f"{label}/{name}-{i:03}.jpg" for label in labels for i in range(each)], name)
+            _tar(tmp / f"{name}.tar", [f"{of}/{name}-{i:03}.jpg" for of in names for i in range(each)], name)
         for number in range(-(-images // MEMBERS)):
             count, to = min(MEMBERS, images - number * MEMBERS), tmp / f"pool-{number:05}.tar"
             if number and count == MEMBERS:
                 os.link(tmp / "pool-00000.tar", to)
             else:
                 _tar(to, [f"{i:05}.jpg" for i in range(count)], "pool")
-    (workspace / "data" / "scratch").touch()
-    (workspace / "data" / "labels").touch()
-    (workspace / "data" / "overrides.csv").write_text("id,action,reason\n")
-    (workspace / "params.yaml").write_text(yaml.safe_dump(params(images), sort_keys=False))
 
 
 def _tar(file: Path, names: Sequence[str], of: str) -> None:
@@ -263,19 +265,17 @@ def _is_out(name: str) -> bool:
 def measured(piece: Piece, workspace: Path, images: int, limit: float) -> Used:
     """What the piece takes at this size; `limit`: seconds of a command."""
     command, kind = Command(piece), SHARDED.get(piece.stage)
-    watch = None
-    if kind is not None and images > max(kind.whole, (SAMPLE + 1) * kind.size):
-        watch = Watch(workspace / ".scratch" / piece.name.replace("@", "."), kind)
-        used = ran(command.line, workspace, limit, watch)
-        if used.problem != ENOUGH:
-            return used
+    scratch = workspace / ".scratch" / piece.name.replace("@", ".")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a command that was interrupted, whose time is lost
+    watch = Watch(scratch, kind) if kind and images > max(kind.whole, (SAMPLE + 1) * kind.size) else None
+    used = ran(command.line, workspace, limit, watch)
+    if watch and used.problem == ENOUGH:
         watch.finish(manifest.read(workspace / POOLS[piece.stage]).table["id"])
-    used = ran(command.line, workspace, limit)
+        used = watch.extrapolated(ran(command.line, workspace, limit), images)
     if used.problem:
         return used
     written = sum(file.stat().st_size for out in command.outs for file in (workspace / out).rglob("*") if file.is_file())
-    used = replace(used, written=written)
-    return watch.extrapolated(used, images) if watch else used
+    return replace(used, written=written)
 
 
 def ran(line: Sequence[str], workspace: Path, limit: float, watch: "Watch | None" = None) -> Used:
@@ -428,6 +428,7 @@ def table(results: Results) -> str:
     sets = f"{CLASSES} classes, {CLASSES * LABELLED:,} labelled and {CLASSES * VAL:,} val images"
     lines = [
         f"{machine()}; images of {SIDE} px, {sets}; seed 0, each once.",
+        "The peak of memory is that of the process, with the files that it maps.",
         "",
         "| stage | images | CPU s | µs an image | grows as | wall s | peak GB | written MB | |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -101,6 +102,38 @@ def test_what_was_seen_of_some_shards_stands_for_all(tmp_path: Path) -> None:
     assert used.cpu == pytest.approx(3 + 10 * 2 + 4)
     assert used.wall == pytest.approx(6 + 10 * 4 + 8)
     assert used == replace(used, memory=0.5, written=9, done=3 * pack.SHARD, rest=4.0, problem=None)
+
+
+STAGE = """
+import pathlib, sys, time
+here = pathlib.Path(".scratch/score.teacher/key")
+here.mkdir(parents=True, exist_ok=True)
+for first in range(0, 100, 10):
+    if not (to := here / f"{first:012}").exists():
+        time.sleep(0.15)
+        to.mkdir()
+        (to / "scores").write_text(str(first))
+pathlib.Path("out").mkdir(exist_ok=True)
+pathlib.Path("out/made").write_text(" ".join(file.read_text() for file in sorted(here.glob("*/scores"))))
+"""
+
+
+def test_some_shards_are_measured_and_the_rest_is_done_at_full_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = SimpleNamespace(line=[sys.executable, "-c", STAGE], outs=["out"])
+    ids = pa.chunked_array([[str(i) for i in range(100)]], pa.large_string())
+    monkeypatch.setattr(scale, "Command", lambda piece: command)
+    monkeypatch.setattr(scale.manifest, "read", lambda folder: SimpleNamespace(table={"id": ids}))
+    monkeypatch.setitem(scale.SHARDED, "score", scale.SHARDED["score"]._replace(size=10, whole=0))
+    monkeypatch.setattr(scale, "POLL_SECONDS", 0.01)
+    left = tmp_path / ".scratch" / "score.teacher" / "key" / "000000000050"  # by a command that was interrupted
+    left.mkdir(parents=True)
+    used = scale.measured(Piece("score", "teacher"), tmp_path, 100, 60)
+    assert used.problem is None
+    assert used.done == scale.SAMPLE * 10
+    assert used.wall > 0.15 * 10
+    made = (tmp_path / "out" / "made").read_text().split()
+    assert made == ["0", "10", "20", *["0"] * 6, "90"]  # three were measured, the last one is the command's own
+    assert used.written == sum(map(len, made)) + 9
 
 
 def test_the_table_says_how_time_grows_and_what_is_extrapolated(tmp_path: Path) -> None:
