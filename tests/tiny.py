@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,19 @@ def scored(data: Path, teacher: Path, out: Path, m: int = 2) -> Path:
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def waited(until: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether something has come true within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not until() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return until()
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, also where nobody has asked for its exit status yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except (FileNotFoundError, ProcessLookupError):
+        return True

@@ -28,7 +28,8 @@ class Machine(Section):
     checkpoint_minutes: PositiveFloat = 5.0
     """How much work a killed training may lose, in minutes."""
     processes: PositiveInt = 1
-    """How many train together, each on its part of every batch: one per GPU. torchrun starts them."""
+    """How many train together, each on its share of every batch: one per GPU. torchrun starts them. A training that was stopped
+    goes on with any other number."""
     compile: bool = False
     """Translate the networks with torch.compile: worth its start-up time on a GPU and in long runs."""
     executor: str = Field(default="local", pattern=r"^(local|dask://[^/:]+:\d+)$")

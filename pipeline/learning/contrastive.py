@@ -5,14 +5,12 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import torch.distributed
-import torch.distributed.nn.functional
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from pipeline.harness import ranks
 from pipeline.learning import crops
+from pipeline.learning.loop import group
 from pipeline.learning.views import Draws, Views
 from pipeline.models import architectures
 from pipeline.store.params import Section
@@ -56,20 +54,16 @@ def nt_xent(projected: Tensor, temperature: float, memory: Tensor | None = None)
     Each view is classified against its partner among the other views of all processes and the (K, D) unit vectors of `memory`;
     a view never stands among its own candidates. The mean over the 2B views, as in the paper: the published code adds the means
     of both directions, twice as much. With several processes each returns the mean over its own views, whose average (as
-    DistributedDataParallel takes of gradients) is that of one process with all of them.
+    DistributedDataParallel takes of gradients), weighted by their images, is that of one process with all of them.
     """
     with torch.autocast(projected.device.type, enabled=False):  # similarities over 0.1 need more than bfloat16's three digits
         z = F.normalize(projected.float(), dim=1)  # 2B, D
-        n = len(z)
-        everyone, first = z, 0
-        if ranks.size() > 1:
-            everyone = torch.cat(torch.distributed.nn.functional.all_gather(z))  # processes * 2B, D; gradients flow back
-            first = ranks.rank() * n
-        own = torch.arange(n, device=z.device)
-        logits = (z @ everyone.T / temperature).index_put((own, first + own), z.new_tensor(-torch.inf))
+        everyone, own = group.gathered(z), group.places(len(z)).to(z.device)  # 2B of all processes, D
+        rows = torch.arange(len(z), device=z.device)
+        logits = (z @ everyone.T / temperature).index_put((rows, own), z.new_tensor(-torch.inf))
         if memory is not None:
             logits = torch.cat([logits, z @ memory.T / temperature], 1)
-        return F.cross_entropy(logits, first + own.roll(n // 2))
+        return F.cross_entropy(logits, (own + len(everyone) // 2) % len(everyone))
 
 
 class Contrastive(nn.Module):
@@ -110,11 +104,7 @@ class Keys(nn.Module):
             torch._foreach_lerp_(list(self.average.parameters()), list(projected.parameters()), 1 - self.ema)
         self.piece = (self.piece + 1) % self.pieces
         new = F.normalize(self.average(x[: len(x) // 2]).float(), dim=1)
-        if ranks.size() > 1:
-            parts = [torch.empty_like(new) for _ in range(ranks.size())]
-            torch.distributed.all_gather(parts, new)
-            new = torch.cat(parts)
-        new = new[: len(self.keys)]
+        new = group.gathered(new)[: len(self.keys)]
         self.keys[(self.written + torch.arange(len(new), device=new.device)) % len(self.keys)] = new
         self.written += len(new)
         return before

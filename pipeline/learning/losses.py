@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.learning.labels import Best
+from pipeline.learning.loop import group
 from pipeline.store.params import Section
 
 
@@ -48,6 +49,8 @@ class SoftLoss(Section):
             s, t = student.float(), teacher.float()
             if self.standardise:
                 s, t = standardised(s), standardised(t)
+            if self.name == "dist":  # which looks at all images of a piece at once
+                s, t = group.gathered(s), group.gathered(t)
             log_q = F.log_softmax(s / self.temperature, dim=1)
             log_p = F.log_softmax(t / self.temperature, dim=1)
         scale = 1.0 if self.name == "dist" else self.temperature**2

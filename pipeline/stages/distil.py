@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
-from pipeline.harness import stage
+from pipeline.harness import ranks, stage
 from pipeline.learning import losses, views
-from pipeline.learning.loop import fit, optimisers
+from pipeline.learning.loop import fit, group, optimisers
 from pipeline.learning.loop.trained import Counts
 from pipeline.learning.teachers import read
 from pipeline.learning.views import Mix, View
@@ -88,6 +88,9 @@ def run(
     description = network.trained_at(description, params.loss.read_at)
     input_spec, temperature = description.input, description.temperature
     taught_by = read(teacher, labelled.classes, seen, on, params.loss, params.teacher_bn)
+    if params.teacher_bn == "batch" and ranks.size() > 1:
+        for network_in_loop, _ in taught_by.networks:
+            group.synchronise(network_in_loop)
     known = taught_by.training.get("labelled", 0)
     if params.alpha < 1:
         part = labelled if params.labels is None else manifest.balanced(labelled, params.labels, job.seed)

@@ -136,8 +136,7 @@ def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
     The file's bytes depend on the rows alone, not on their order or on how they were gathered in memory.
     """
     table = table.select(SCHEMA.names).cast(SCHEMA)
-    ids = table["id"]
-    if len(ids) > 1 and not pc.all(pc.less(ids[:-1], ids[1:])).as_py():
+    if not are_sorted(table["id"]):
         table = table.unify_dictionaries().sort_by("id")
         again = pc.index(pc.equal(table["id"][:-1], table["id"][1:]), True).as_py()
         if again >= 0:
@@ -145,6 +144,11 @@ def write(folder: Path, table: pa.Table, classes: Sequence[str]) -> None:
     with Writer(folder, classes) as writer:
         for start in range(0, len(table), GROUP):
             writer.add(table.slice(start, GROUP))
+
+
+def are_sorted(ids: pa.ChunkedArray) -> bool:
+    """Whether each id is greater than the one before it, and so none occurs twice."""
+    return len(ids) < 2 or bool(pc.all(pc.less(ids[:-1], ids[1:])).as_py())
 
 
 class Writer:

@@ -4,15 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline.store import params
-from tests.tiny import PARAMS
+from tests.tiny import PARAMS, is_gone, waited
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the parent's death signal is Linux's")
@@ -44,21 +42,6 @@ while os.getppid() == starter and time.monotonic() < end:
 def environment(folder: Path, **more: str) -> dict[str, str]:
     paths = os.pathsep.join(map(str, (folder / "modules", ROOT)))
     return {**os.environ, "PYTHONPATH": paths, "WINNOW_TRACKING": "off", "DVC_ROOT": str(folder), **more}
-
-
-def waited(until: Callable[[], bool], seconds: float = 30.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not until() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return until()
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended, also where nobody has asked for its exit status yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def test_who_asks_when_the_parent_is_dead_already_ends_at_once(tmp_path: Path) -> None:

@@ -2,16 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import safetensors.torch
 import torch
 import torchvision.transforms.v2.functional as tv
 from torch import Tensor
@@ -88,40 +84,6 @@ def test_similarities_are_float32_under_autocast() -> None:
         loss = contrastive.nt_xent(z.bfloat16(), 0.1)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(contrastive.nt_xent(z.bfloat16().float(), 0.1).item(), rel=1e-6)
-
-
-GATHERED = """
-import os, sys, torch, torch.distributed as dist
-from pipeline.learning import contrastive
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=rank, world_size=2)
-saved = torch.load(f"{sys.argv[1]}/z.pt")
-first, second = saved["z"].chunk(2)  # of 4 images each; this process has two of them
-own = torch.cat([first[2 * rank : 2 * rank + 2], second[2 * rank : 2 * rank + 2]]).requires_grad_()
-loss = contrastive.nt_xent(own, 0.2, saved["keys"])
-loss.backward()
-torch.save({"loss": loss.detach(), "gradient": own.grad}, f"{sys.argv[1]}/{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.whole
-def test_two_processes_see_each_others_views(tmp_path: Path) -> None:
-    """The mean of their losses is the loss of one process, and its gradient that of the mean: what DDP makes of the two."""
-    z = torch.randn(8, 5, requires_grad=True)
-    keys = torch.nn.functional.normalize(torch.randn(6, 5), dim=1)
-    torch.save({"z": z.detach(), "keys": keys}, tmp_path / "z.pt")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", GATHERED, str(tmp_path)]
-    ranks = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
-    assert [process.wait(timeout=100) for process in ranks] == [0, 0]
-    loss = contrastive.nt_xent(z, 0.2, keys)
-    loss.backward()
-    assert z.grad is not None
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert (found[0]["loss"] + found[1]["loss"]).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
-    views = [z.grad[[0, 1, 4, 5]], z.grad[[2, 3, 6, 7]]]
-    assert all(torch.allclose(f["gradient"] / 2, g, atol=1e-6) for f, g in zip(found, views, strict=True))
 
 
 def draws(n: int, seed: int = 0) -> views.Draws:
@@ -331,29 +293,6 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert len(calls) == 5 + 3  # four steps were done, one died, three were left
     whole, killed = (checkpoint.weights(tmp_path / name) for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
-
-
-@pytest.mark.whole
-def test_two_processes_pre_train_what_one_does(data: Path, tmp_path: Path) -> None:
-    losses, house = [], data.parent.parent
-    for processes in (1, 2):
-        machine = {"device": "cpu", "precision": "float32", "threads": 1, "workers": 1, "processes": processes}
-        shelves = {"models": {"it": MODEL}, "trainings": {"it": {**TRAINING, "steps": 5, "lr": 0.01}}}
-        section = {**ENTRY, "memory": MEMORY, "temperature": 0.5, "model": "it", "training": "it"}
-        tree = {"seed": 1, "machine": machine, **shelves, "pretrain": {f"x{processes}": section}}
-        (house / "params.yaml").write_text(json.dumps(tree))
-        inputs = ["--train", data / "train", "--holdout", data / "holdout", "--chosen", data / "pool"]
-        args = [f"x{processes}", *map(str, inputs), "--out", f"data/pretrain/x{processes}"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "WINNOW_TRACKING": "off"}
-        command = [sys.executable, "-m", "pipeline.stages.pretrain", *args]
-        done = subprocess.run(command, env=environment, cwd=house, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        history = json.loads((house / f"data/pretrain/x{processes}/history.json").read_text())
-        losses.append([entry["loss"] for entry in history["train"]])
-    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
-    one, two = (safetensors.torch.load_file(house / f"data/pretrain/x{n}/model.safetensors") for n in (1, 2))
-    for name, tensor in one.items():
-        assert torch.allclose(tensor.float(), two[name].float(), rtol=1e-2, atol=2e-3), name
 
 
 @pytest.mark.parametrize(

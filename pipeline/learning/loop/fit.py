@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -66,14 +66,17 @@ def fit(
 
     `views` makes of canvases what `loss` takes. `check` measures the model ten times in a run. `label` stands before the
     progress. A killed run goes on from its last checkpoint in `job.workdir` and ends with the same bits as an undisturbed one;
-    whatever must survive for that is a parameter or a buffer of `model`. In a group of processes each takes its part of every
-    batch; all return the same model. Raises TrainingError when the loss is no longer finite, keeping the last good state.
+    whatever must survive for that is a parameter or a buffer of `model`. In a group of processes each takes its share of every
+    batch; all return the same model, and a group of another size can go on. Raises TrainingError when the loss is no longer
+    finite, keeping the last good state.
     """
-    own = group.part(training.batch)
-    if (own.stop - own.start) % training.accumulate:
+    if training.batch % training.accumulate:
         raise TrainingError(
-            f"`training.accumulate` is {training.accumulate}, which does not divide the {own.stop - own.start} images of a batch."
+            f"`training.accumulate` is {training.accumulate}, which does not divide the {training.batch} images of a batch."
         )
+    shares = group.shares(training.batch, training.accumulate)
+    own = np.concatenate([np.arange(share.start + share.first, share.start + share.last) for share in shares])
+    viewed = np.union1d(own, np.minimum(own ^ 1, training.batch - 1))  # with the neighbours that views are mixed with
     group.join(device.device)
     model = device.place(model).train()
     frozen, still = freeze(model, training.frozen)
@@ -94,17 +97,19 @@ def fit(
     every = math.ceil(training.steps / CHECKS)
     steps = range(done.step, training.steps)
     saved = time.monotonic()
-    with progress.bar(training.steps, "steps", label, done=done.step) as shown:
-        for step, raw in zip(steps, inputs.ahead(lambda s: pixels.gather(order.at(s)[0][own]), steps), strict=True):
+    with progress.bar(training.steps, "steps", label, done=done.step) as shown, group.unbroken():
+        for step, raw in zip(steps, inputs.ahead(lambda s: pixels.gather(order.at(s)[0][viewed]), steps), strict=True):
             _seed_dropout(job.seed, step)
             for name in still:
                 model.get_submodule(name).eval()  # `check` puts the whole model back into training mode
             for parameters in optimizer.param_groups:
                 parameters["lr"] = training.rate(step) * parameters["multiple"]
-            rows, passes = (of_all[own] for of_all in order.at(step))
+            rows, passes = order.at(step)
             optimizer.zero_grad(set_to_none=True)
-            batch = Batch(views(device.batch(raw), rows, passes), rows, passes)
-            value = _backward(called, loss, batch, training.accumulate, device)
+            made = views(device.batch(raw), rows[viewed], passes[viewed])
+            if len(viewed) > len(own):
+                made = made[np.isin(viewed, own)]
+            value = _backward(called, loss, Batch(made, rows[own], passes[own]), shares, device)
             if training.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             optimizer.step()
@@ -136,20 +141,26 @@ def as_it_comes(model: nn.Module, check: Check) -> Trained:
     return Trained(model, {"train": [], "holdout": []}, check(model))
 
 
-def _backward(called: nn.Module, loss: Loss, batch: Batch, pieces: int, device: Device) -> Tensor:
-    """Leave the gradient of the batch's mean loss in the parameters; returns that loss, of all processes."""
+def _backward(called: nn.Module, loss: Loss, batch: Batch, shares: Sequence[group.Share], device: Device) -> Tensor:
+    """Leave the gradient of the batch's mean loss in the parameters; returns that loss, of all processes.
+
+    `batch`: this process's `shares` of its pieces, one after the other.
+    """
     total = torch.zeros((), device=device.device)
-    parts = [np.array_split(of_all, pieces) for of_all in (batch.rows, batch.passes)]
-    for i, piece in enumerate(batch.views.chunk(pieces)):
-        waits = hasattr(called, "no_sync") and i < pieces - 1  # processes exchange gradients once
+    views_of_each = batch.views.shape[1] if batch.views.ndim == 5 else 1
+    end = 0
+    for i, share in enumerate(shares):
+        start, end = end, end + share.last - share.first
+        piece = Batch(batch.views[start:end], batch.rows[start:end], batch.passes[start:end])
+        waits = hasattr(called, "no_sync") and i < len(shares) - 1  # processes exchange gradients once
         with called.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-            with device.autocast():
-                value = loss(called, Batch(piece, parts[0][i], parts[1][i])) / pieces
+            with device.autocast(), group.at_work(share, views_of_each):
+                value = loss(called, piece) / len(shares) * share.weight
             value.backward()
         total += value.detach()
     return group.mean(total)
 
 
 def _seed_dropout(seed: int, step: int) -> None:
-    """Dropout draws from torch's own generators; views have draws of their own."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, ranks.rank())).generate_state(1, np.uint64)[0]))
+    """Dropout draws from torch's own generators, the same numbers in all processes; views have draws of their own."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, 0)).generate_state(1, np.uint64)[0]))
