@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 LOOSE_FILE_BYTES = 1_000_000
+ALWAYS = "always changed"  # as `dvc status` calls it
 MARKER = ".winnow"  # in a new remote that is a folder
 NO_PHONING_HOME = {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
@@ -107,6 +108,11 @@ def stale(folder: Path, stages: Sequence[str]) -> dict[str, Any]:
     """
     answer = json.loads(call(folder, "status", "--json", *stages) or "{}")
     return {stage: answer[stage] for stage in stages if stage in answer}
+
+
+def looking(changes: Mapping[str, Any]) -> list[str]:
+    """The stages in an answer of `stale` that have nothing new but run each time, to look at what DVC cannot watch."""
+    return [stage for stage, change in changes.items() if list(change) == [ALWAYS]]
 
 
 def missing_sources(folder: Path, changes: Mapping[str, Any]) -> list[str]:

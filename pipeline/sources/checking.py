@@ -1,5 +1,6 @@
 """Every image is read once: checked, measured, and refused with a reason where it cannot be used."""
 
+import contextlib
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -52,14 +53,15 @@ def check_images(listing: Listing, size_of: SizeOf, workers: int, command: str =
 def _measured(chunk: pa.RecordBatch, size_of: SizeOf, moved: Mapping[str, str]) -> pa.RecordBatch:
     rows: list[tuple[int | None, int | None, int | None, str | None]] = []
     columns = chunk.select(["path", "offset", "size", "reason"]).to_pydict().values()
-    with manifest.Opened() as opened:
-        for path, offset, size, reason in zip(*columns, strict=True):
-            if reason is None and size > MAX_BYTES:
-                reason = f"oversized: {size} bytes"
+    places = [
+        (moved.get(path, path), offset, size, _refused(size, reason)) for path, offset, size, reason in zip(*columns, strict=True)
+    ]
+    with contextlib.closing(manifest.stored([place[:3] for place in places if place[3] is None])) as files:
+        for *_, reason in places:
             if reason is not None:
                 rows.append((None, None, None, reason))
                 continue
-            data = opened.read(moved.get(path, path), offset, size)
+            data = next(files)
             try:
                 width, height = size_of(data)
             except decode.ImageRefused as refusal:
@@ -67,6 +69,10 @@ def _measured(chunk: pa.RecordBatch, size_of: SizeOf, moved: Mapping[str, str]) 
             else:
                 rows.append((width, height, zlib.crc32(data), None))
     return batch(rows, MEASURED)
+
+
+def _refused(size: int, reason: str | None) -> str | None:
+    return reason or (f"oversized: {size} bytes" if size > MAX_BYTES else None)
 
 
 def refused_of(listing: Listing) -> pa.Table:

@@ -4,10 +4,11 @@ Readers and trainers know manifests only, never data sets by name. Rows are sort
 as ids do.
 """
 
+import contextlib
 import json
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, NamedTuple
@@ -19,14 +20,15 @@ import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
 from pipeline.errors import UserError
-from pipeline.store import artifact
+from pipeline.store import artifact, remote
 
 FILE = "manifest.parquet"
 MAX_BYTES = 1 << 30  # of a file: a larger one is no image, and is not read
 SCHEMA = pa.schema(
     [
         ("id", pa.large_string()),  # unique and stable: <file of the source>/<name within it>; more than 2 GiB of them in all
-        ("path", pa.dictionary(pa.int32(), pa.large_string())),  # relative to the working directory of the stages
+        # Relative to the working directory of the stages, or an address (`s3://...`, see `remote`).
+        ("path", pa.dictionary(pa.int32(), pa.large_string())),
         ("offset", pa.int64()),  # of the image's first byte: 0 for a file of its own, else inside an uncompressed tar
         ("size", pa.int64()),  # bytes
         ("width", pa.int32()),  # pixels, after EXIF orientation
@@ -237,12 +239,15 @@ def balanced(images: Manifest, amount: Amount, seed: int) -> Manifest:
 def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[bytes]:
     """The encoded bytes of the given rows, in that order.
 
-    Raises ManifestError if a file is gone or its bytes are not those that `prepare` saw.
+    Raises ManifestError if a file is gone or its bytes are not those that `prepare` saw; of files at addresses RemoteError and
+    Unavailable, too.
     """
     table = images.table.select(["path", "offset", "size", "crc32"]).take(pa.array(rows, pa.int64()))
-    with Opened() as opened:
-        for row, path, offset, size, crc in zip(rows, *table.to_pydict().values(), strict=True):
-            data = opened.read(path, offset, size)
+    paths, offsets, sizes, sums = table.to_pydict().values()
+    with contextlib.closing(stored(list(zip(paths, offsets, sizes, strict=True)))) as files:
+        for row, path, offset, size, crc, data in zip(rows, paths, offsets, sizes, sums, files, strict=True):
+            if zlib.crc32(data) != crc and remote.is_remote(path):
+                data = remote.fetch(path, offset, offset + size)  # what a network did to it once it hardly does again
             if len(data) != size or zlib.crc32(data) != crc:
                 image = images.table["id"][int(row)].as_py()
                 raise ManifestError(
@@ -250,6 +255,17 @@ def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[
                     "read). Put the file back, or run `dvc repro prepare` to index what is there now."
                 )
             yield data
+
+
+def stored(places: Sequence[tuple[str, int, int]]) -> Generator[bytes, None, None]:
+    """The bytes at each (path, offset, size), in order; fewer than `size` where a file on a disk ends.
+
+    Raises ManifestError for a file that cannot be opened; RemoteError and Unavailable for one at an address.
+    """
+    elsewhere = [place for place in places if remote.is_remote(place[0])]
+    with contextlib.closing(remote.read(elsewhere)) as came, Opened() as opened:
+        for path, offset, size in places:
+            yield next(came) if elsewhere and remote.is_remote(path) else opened.read(path, offset, size)
 
 
 class Opened:
@@ -268,8 +284,11 @@ class Opened:
         self.path = self.file = None
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Fewer than `size` bytes where the file ends; raises ManifestError if it cannot be opened."""
+        """Fewer than `size` bytes where the file ends; raises ManifestError if it cannot be opened. A file at an address comes as
+        from `remote.fetch`."""
         if path != self.path or self.file is None:
+            if remote.is_remote(path):
+                return remote.fetch(path, offset, offset + size)
             self.__exit__()
             try:
                 if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe would be waited for
