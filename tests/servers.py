@@ -64,15 +64,17 @@ class Faulty:
 
 
 class Web:
-    """A plain server of files; `ranges`: whether it knows them. A file has an ETag made of its bytes, unless `etags` says no."""
+    """A plain server of files; `ranges`: whether it knows them. A file has an ETag made of its bytes, unless `etags` says no;
+    `token`: what a request must prove itself with."""
 
-    def __init__(self, files: Mapping[str, bytes], ranges: bool = True, etags: bool = True) -> None:
-        self.files, self.ranges, self.etags, self.status = dict(files), ranges, etags, 0
+    def __init__(self, files: Mapping[str, bytes], ranges: bool = True, etags: bool = True, token: str = "") -> None:
+        self.files, self.ranges, self.etags, self.token, self.status = dict(files), ranges, etags, token, 0
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         data = self.files.get(environ["PATH_INFO"].lstrip("/"))
-        if data is None or self.status:
-            start(f"{self.status or 404} as the test wants it", [("Content-Length", "0")])
+        status = 401 if self.token not in environ.get("HTTP_AUTHORIZATION", "") else self.status or (404 if data is None else 0)
+        if data is None or status:
+            start(f"{status} as the test wants it", [("Content-Length", "0")])
             return []
         headers = [("ETag", f'"{hash(data):x}"')] if self.etags else []
         asked = environ.get("HTTP_RANGE", "").removeprefix("bytes=")

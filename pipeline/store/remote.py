@@ -8,6 +8,7 @@ fsspec is imported where an address is read, and nowhere else. Its loop belongs 
 systems and threads, also one that was forked.
 """
 
+import errno
 import functools
 import io
 import itertools
@@ -44,7 +45,7 @@ PASSING = (408, 425, 429)
 
 T = TypeVar("T")
 _LOGIN = re.compile(r"(?<=://)[^/\s'\"]*@")
-_QUERY = re.compile(r"(?<=\S)\?[^\s'\"]+")
+_QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*")
 _CHANCE = random.Random()  # the pauses take nothing from the random numbers of a stage
 
 
@@ -92,7 +93,7 @@ def masked(text: str) -> str:
     """The text without what logs in: the user and password of addresses, and their queries."""
     if "://" not in text:
         return text
-    return _QUERY.sub("", _LOGIN.sub("", text))
+    return _QUERY.sub(r"\1", _LOGIN.sub("", text))
 
 
 def expect_address(url: str) -> str:
@@ -221,7 +222,8 @@ def _final(url: str, error: Exception) -> Exception | None:
         )
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return RemoteError(f"{url} is not there. Correct the address, or put the file back.")
-    if isinstance(status, int) and 400 <= status < 500 and status not in PASSING:
+    is_refused = isinstance(status, int) and 400 <= status < 500 and status not in PASSING
+    if is_refused or getattr(error, "errno", None) == errno.EINVAL:  # which s3fs makes of a range that is not in the file
         return RemoteError(f"{url} cannot be read: the server answers {_said(error)}.")
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in OF_NETWORKS:  # TimeoutError is an OSError
         return None
