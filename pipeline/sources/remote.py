@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from pipeline.errors import UserError
-from pipeline.store import remote
+from pipeline.store import artifact, remote
 from pipeline.store.params import Section
 from pipeline.store.remote import Object
 
@@ -134,7 +134,8 @@ def _expect_unchanged(objects: Sequence[Object]) -> None:
 
 
 def read(folder: Path, ids: str = "") -> Listed:
-    """The list in the artifact of an entry of `remote`. Raises ListingError for what is no such list."""
+    """The list in the artifact of an entry of `remote`. Raises ArtifactError, or ListingError for what is no such list."""
+    artifact.verify(folder)
     try:
         tree: dict[str, Any] = json.loads((folder / OBJECTS).read_text())
         url = str(tree["url"])

@@ -21,6 +21,7 @@ from pipeline.sources.source import SourceError
 from pipeline.stages import prepare
 from pipeline.stages import remote as stage
 from pipeline.store import artifact, manifest, remote
+from pipeline.store.artifact import ArtifactError
 from pipeline.store.remote import Object
 from tests import servers
 from tests.servers import BUCKET, Faulty, Web, serving
@@ -213,8 +214,12 @@ def test_an_entry_that_has_listed_nothing_and_a_kind_that_knows_no_address_are_t
     ):
         prepared(tmp_path / "out", tmp_path / "remote" / "web", pool=[{"kind": "folder", "path": "x"}], labelled=[FOLDER])
     (tmp_path / "remote" / "web" / remotes.OBJECTS).write_text("{}")
-    with pytest.raises(ListingError, match="is no list of remote files"):
+    with pytest.raises(ArtifactError, match=f"{remotes.OBJECTS} was altered"):
         remotes.read(tmp_path / "remote" / "web")
+    with artifact.writing(tmp_path / "remote" / "odd") as tmp:
+        (tmp / remotes.OBJECTS).write_text("{}")
+    with pytest.raises(ListingError, match="is no list of remote files"):
+        remotes.read(tmp_path / "remote" / "odd")
 
 
 FOLDER = {"kind": "folder", "path": "y"}
