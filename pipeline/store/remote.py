@@ -26,7 +26,7 @@ from pipeline.errors import Unavailable, UserError
 PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "https": ("aiohttp", "web"), "http": ("aiohttp", "web")}
 """What reads each kind of address: a package, and the extra of winnow that installs it."""
 ATTEMPTS = 12
-PAUSE, LONGEST = 0.1, 10.0  # seconds: the first pause, which doubles, and the longest; 45 in all
+PAUSE, LONGEST = 0.1, 10.0  # seconds: the first pause, which doubles, and the longest; less than a minute in all
 SAME = 3  # short answers of one length after which the file is taken to end there
 CONNECT_SECONDS, READ_SECONDS = 10, 30  # without an answer
 

@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.leaks import __main__ as command
 from pipeline.store import artifact
 from tests.leaks.bench import COPY, DOUBTFUL, ORIGINALS, OTHERS, PLAIN, Bench, png
+from tests.servers import Web, serving
 from tests.tiny import folder_of, tar_of
 
 ROOT = Path(__file__).parents[2]
@@ -58,9 +59,9 @@ def test_the_findings_are_those_of_the_two_stages(tmp_path: Path, capsys: pytest
 
 def test_every_kind_of_source_and_a_pattern(tmp_path: Path) -> None:
     sides = {"ref": files(FIRST), "cand": files({**COPY, "p0": OTHERS["p0"]})}
-    ways = []
+    ways: list[list[Any]] = []
     for kind in ("folder", "tar", "parquet", "pattern"):
-        paths = []
+        paths: list[Any] = []
         for side, images in sides.items():
             at = tmp_path / kind / side
             at.mkdir(parents=True)
@@ -76,7 +77,9 @@ def test_every_kind_of_source_and_a_pattern(tmp_path: Path) -> None:
                     tar_of(at / f"{i}.tar", {name: data})
                 paths.append(at / "*.tar")
         ways.append(paths)
-    assert [check(*paths, image="picture") for paths in ways] == [2] * 4
+    with serving(Web({f"{side}.tar": (tmp_path / "tar" / side / "x.tar").read_bytes() for side in sides})) as at:
+        ways.append([f"{at}/{side}.tar" for side in sides])
+        assert [check(*paths, image="picture") for paths in ways] == [2] * 5
 
 
 def test_what_counts_as_a_copy_is_chosen(tmp_path: Path) -> None:
