@@ -15,7 +15,7 @@ import itertools
 import os
 import random
 import re
-import time
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,7 +45,7 @@ PASSING = (408, 425, 429)
 
 T = TypeVar("T")
 _LOGIN = re.compile(r"(?<=://)[^/\s'\"]*@")
-_QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*")
+_QUERY = re.compile(r"\?[^\s'\"=]*=[^\s'\"]*")
 _CHANCE = random.Random()  # the pauses take nothing from the random numbers of a stage
 
 
@@ -91,9 +91,7 @@ def is_remote(path: str) -> bool:
 
 def masked(text: str) -> str:
     """The text without what logs in: the user and password of addresses, and their queries."""
-    if "://" not in text:
-        return text
-    return _QUERY.sub(r"\1", _LOGIN.sub("", text))
+    return _QUERY.sub("", _LOGIN.sub("", text))
 
 
 def expect_address(url: str) -> str:
@@ -114,8 +112,8 @@ def expect_address(url: str) -> str:
 # Asking ---------------------------------------------------------------------------------------------------------------
 
 
-def fetch(url: str, start: int, end: int) -> bytes:
-    """Bytes `start` to `end` - 1 of a file: so many, or an error.
+def fetch(url: str, start: int, end: int, given_up: threading.Event | None = None) -> bytes:
+    """Bytes `start` to `end` - 1 of a file: so many, or an error. `given_up`: set where nobody waits for them any more.
 
     Raises RemoteError for what will not be there the next time either, Unavailable if no answer comes.
     """
@@ -137,7 +135,7 @@ def fetch(url: str, start: int, end: int) -> bytes:
             raise _Short(len(data), end - start)
         return data
 
-    return patiently(url, ask)
+    return patiently(url, ask, given_up)
 
 
 _WHOLE = (
@@ -193,20 +191,21 @@ def _object(url: str, info: dict[str, Any]) -> Object:
     return Object(url, int(facts["size"]), str(etag) if etag else None, str(time_) if time_ and not etag else None)
 
 
-def patiently(url: str, ask: Callable[[], T]) -> T:
-    """What `ask` answers, which is asked again after what may pass. Raises RemoteError or Unavailable, which name `url`."""
+def patiently(url: str, ask: Callable[[], T], given_up: threading.Event | None = None) -> T:
+    """What `ask` answers, which is asked again after what may pass, until `given_up`. Raises RemoteError or Unavailable, which
+    name `url`."""
+    ended = given_up or threading.Event()
     for attempt in itertools.count(1):
         try:
             return ask()
         except Exception as error:
             if final := _final(url, error):
                 raise final from None
-            if attempt == ATTEMPTS:
+            if attempt == ATTEMPTS or ended.wait(min(PAUSE * 2 ** (attempt - 1), LONGEST) * _CHANCE.uniform(0.5, 1)):
                 raise Unavailable(
-                    f"{url} did not answer as it should, {ATTEMPTS} times in a row (the last time: {_said(error)}). Look at the "
+                    f"{url} did not answer as it should, {attempt} times in a row (the last time: {_said(error)}). Look at the "
                     "network and the server, and repeat the command."
                 ) from None
-        time.sleep(min(PAUSE * 2 ** (attempt - 1), LONGEST) * _CHANCE.uniform(0.5, 1))
     raise AssertionError  # for mypy: the count has no end
 
 
@@ -297,10 +296,10 @@ def read(places: Iterable[tuple[str, int, int]]) -> Generator[bytes, None, None]
 
     Raises RemoteError and Unavailable, as `fetch` does.
     """
-    waiting, held = deque[tuple[_Range, Future[bytes]]](), 0
+    waiting, held, given_up = deque[tuple[_Range, Future[bytes]]](), 0, threading.Event()
     try:
         for asked in _merged(places):
-            waiting.append((asked, _threads().submit(fetch, *asked[:3])))
+            waiting.append((asked, _threads().submit(fetch, *asked[:3], given_up)))
             held += asked.end - asked.start
             while len(waiting) > 1 and (held > WAITING or len(waiting) > 2 * CONNECTIONS):
                 held -= waiting[0][0].end - waiting[0][0].start
@@ -308,6 +307,7 @@ def read(places: Iterable[tuple[str, int, int]]) -> Generator[bytes, None, None]
         while waiting:
             yield from _cut(*waiting.popleft())
     finally:
+        given_up.set()  # or a process that ends would wait for the last attempts
         for _, answer in waiting:
             answer.cancel()
 
@@ -342,7 +342,7 @@ class File(io.RawIOBase):
     def __init__(self, url: str, size: int) -> None:
         super().__init__()
         self.url, self.size = url, size
-        self._at, self._last = 0, -1
+        self._at, self._last, self._given_up = 0, -1, threading.Event()
         self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
 
     def readable(self) -> bool:
@@ -378,6 +378,7 @@ class File(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
+        self._given_up.set()
         for answer in self._blocks.values():
             answer.cancel()
         self._blocks.clear()
@@ -389,7 +390,7 @@ class File(io.RawIOBase):
         for wanted in range(number, 1 + max(min(last, number + AHEAD), number + AHEAD if goes_on else number)):
             if wanted not in self._blocks and wanted * BLOCK < self.size:
                 span = wanted * BLOCK, min(self.size, (wanted + 1) * BLOCK)
-                self._blocks[wanted] = _threads().submit(fetch, self.url, *span)
+                self._blocks[wanted] = _threads().submit(fetch, self.url, *span, self._given_up)
         self._blocks.move_to_end(number)
         while len(self._blocks) > 2 * (AHEAD + 1):
             self._blocks.popitem(last=False)[1].cancel()

@@ -17,7 +17,8 @@ import pytest
 
 from pipeline.errors import Unavailable
 from pipeline.harness.stage import TRY_AGAIN, exit_codes
-from pipeline.store import manifest, remote
+from pipeline.sources.remote import Remote
+from pipeline.store import manifest, params, remote
 from pipeline.store.manifest import ManifestError
 from pipeline.store.remote import RemoteError
 from tests.servers import Faulty, Web, serving
@@ -156,6 +157,21 @@ def test_a_forked_process_reads_what_its_parent_reads_at_the_same_time(web: Web)
             child.join()
 
 
+@pytest.mark.timeout(60)
+def test_a_process_that_ends_waits_for_no_attempt_that_nobody_wants(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 1000.0)
+    monkeypatch.setattr(remote, "LONGEST", 1000.0)
+    busy = Web({})
+    busy.status = 503
+    with unreliable(web, 0, 0) as (address, app):
+        app.app = lambda environ, start: (busy if "a.bin" in environ["PATH_INFO"] else web)(environ, start)
+        read = remote.read([(f"{address}/few.bin", 0, 10), (f"{address}/a.bin", 0, 10)])
+        assert next(read) == DATA[:10]
+        read.close()
+        remote._threads().shutdown(wait=True)
+        remote._threads_of.cache_clear()
+
+
 # Manifests ------------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +241,16 @@ def test_an_address_has_no_slash_at_its_end() -> None:
         "s3://b/a",
         "https://h:8080/a",
     ]
+
+
+def test_what_is_refused_is_told_without_its_password() -> None:
+    given = {"url": "https://me:hunter2@host/a", "files": ["a.tar?X-Amz-Signature=hunter2"]}
+    told = "\n".join(params.resolve({}, Remote, ("remote", "web"), given)[1])
+    assert "`remote.web.url` is 'https://host/a': credentials stand in the address" in told
+    assert "`remote.web.files.0` is 'a.tar'" in told
+    assert "hunter2" not in told
+    [told] = params.unsafe({"prepare": {"root": "https://me:hunter2@host/a"}})
+    assert told.startswith("`prepare.root` is 'https://host/a': an address stands in `remote:")
 
 
 def test_what_logs_in_is_not_shown() -> None:
