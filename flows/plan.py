@@ -139,7 +139,7 @@ def looked(folder: Path, graph: dag.Dag, wanted: Sequence[str], changes: Mapping
     stale = [stage for stage in wanted if force or stage in graph.affected(changes)]
     known = dag.restorable(folder, wanted, stale) if stale and not force else {}
     # Where all above is restored as it was, a stage whose outputs are in place is up to date.
-    looks = set(dag.looking(changes))
+    looks = {stage for stage, change in changes.items() if dag.ALWAYS in change}
     untouched = {s for s, as_locked in known.items() if as_locked and s not in looks and not _outs(changes.get(s, []))}
     todo = [stage for stage in stale if stage not in untouched]
     runs = [stage for stage in todo if stage not in known or stage in looks]

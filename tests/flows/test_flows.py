@@ -290,7 +290,12 @@ def test_only_what_is_stale_runs(project: Path, server: None) -> None:
 def test_a_stage_that_looks_each_time_decides_what_is_stale(project: Path, server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "RETRY_SECONDS", [0, 0, 0])
     tree = yaml.safe_load(DVC_YAML)
-    tree["stages"]["look"] = {"cmd": "mkdir -p data && cat world > data/look", "always_changed": True, "outs": ["data/look"]}
+    tree["stages"]["look"] = {
+        "cmd": "mkdir -p data && cat world > data/look && echo 1 > data/look.json",
+        "always_changed": True,
+        "outs": ["data/look"],
+        "metrics": [{"data/look.json": {"cache": False}}],
+    }
     tree["stages"]["make"]["deps"].append("data/look")
     (project / "dvc.yaml").write_text(yaml.safe_dump(tree))
     (project / "world").write_text("old")
