@@ -287,8 +287,7 @@ def test_only_what_is_stale_runs(project: Path, server: None) -> None:
     assert play(targets=["use@b"], force=True) == {"make": "Completed", "use@b": "Completed"}
 
 
-def test_a_stage_that_looks_each_time_decides_what_is_stale(project: Path, server: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "RETRY_SECONDS", [0, 0, 0])
+def test_a_stage_that_looks_each_time_decides_what_is_stale(project: Path, server: None) -> None:
     tree = yaml.safe_load(DVC_YAML)
     tree["stages"]["look"] = {
         "cmd": "mkdir -p data && cat world > data/look && echo 1 > data/look.json",
