@@ -1,6 +1,5 @@
 """Every image is read once: checked, measured, and refused with a reason where it cannot be used."""
 
-import contextlib
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -53,11 +52,15 @@ def check_images(listing: Listing, size_of: SizeOf, workers: int, command: str =
 def _measured(chunk: pa.RecordBatch, size_of: SizeOf, moved: Mapping[str, str]) -> pa.RecordBatch:
     rows: list[tuple[int | None, int | None, int | None, str | None]] = []
     columns = chunk.select(["path", "offset", "size", "reason"]).to_pydict().values()
+    reasons = [_refused(size, reason) for *_, size, reason in zip(*columns, strict=True)]
     places = [
-        (moved.get(path, path), offset, size, _refused(size, reason)) for path, offset, size, reason in zip(*columns, strict=True)
+        (moved.get(path, path), offset, size)
+        for (path, offset, size, _), reason in zip(zip(*columns, strict=True), reasons, strict=True)
+        if reason is None
     ]
-    with contextlib.closing(manifest.stored([place[:3] for place in places if place[3] is None])) as files:
-        for *_, reason in places:
+    with manifest.Opened() as opened:
+        files = opened.each(*(zip(*places, strict=True) if places else ((), (), ())))
+        for reason in reasons:
             if reason is not None:
                 rows.append((None, None, None, reason))
                 continue

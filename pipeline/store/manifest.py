@@ -4,7 +4,6 @@ Readers and trainers know manifests only, never data sets by name. Rows are sort
 as ids do.
 """
 
-import contextlib
 import json
 import stat
 import zlib
@@ -244,11 +243,14 @@ def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[
     """
     table = images.table.select(["path", "offset", "size", "crc32"]).take(pa.array(rows, pa.int64()))
     paths, offsets, sizes, sums = table.to_pydict().values()
-    with contextlib.closing(stored(list(zip(paths, offsets, sizes, strict=True)))) as files:
+    with Opened() as opened:
+        files = opened.each(paths, offsets, sizes)
         for row, path, offset, size, crc, data in zip(rows, paths, offsets, sizes, sums, files, strict=True):
-            if zlib.crc32(data) != crc and remote.is_remote(path):
-                data = remote.fetch(path, offset, offset + size)  # what a network did to it once it hardly does again
-            if len(data) != size or zlib.crc32(data) != crc:
+            is_it = len(data) == size and zlib.crc32(data) == crc
+            if not is_it and remote.is_remote(path):  # what a network did to it once it hardly does again
+                data = remote.fetch(path, offset, offset + size)
+                is_it = zlib.crc32(data) == crc
+            if not is_it:
                 image = images.table["id"][int(row)].as_py()
                 raise ManifestError(
                     f"{path}: the image {image} is not the one that `prepare` indexed ({len(data)} of {size} bytes "
@@ -257,31 +259,34 @@ def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[
             yield data
 
 
-def stored(places: Sequence[tuple[str, int, int]]) -> Generator[bytes, None, None]:
-    """The bytes at each (path, offset, size), in order; fewer than `size` where a file on a disk ends.
-
-    Raises ManifestError for a file that cannot be opened; RemoteError and Unavailable for one at an address.
-    """
-    elsewhere = [place for place in places if remote.is_remote(place[0])]
-    with contextlib.closing(remote.read(elsewhere)) as came, Opened() as opened:
-        for path, offset, size in places:
-            yield next(came) if elsewhere and remote.is_remote(path) else opened.read(path, offset, size)
-
-
 class Opened:
     """Files read by (offset, size); the last one stays open, as neighbours mostly share a tar."""
 
     def __init__(self) -> None:
         self.path: str | None = None
         self.file: BinaryIO | None = None
+        self._far: Generator[bytes, None, None] | None = None
 
     def __enter__(self) -> "Opened":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+        if self._far is not None:
+            self._far.close()
+
+    def _close(self) -> None:
         if self.file is not None:
             self.file.close()
         self.path = self.file = None
+
+    def each(self, paths: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[bytes]:
+        """`read` of each place, in order; those at addresses are asked for ahead, as long as this is open."""
+        if not any("://" in path for path in set(paths)):
+            return map(self.read, paths, offsets, sizes)
+        places = list(zip(paths, offsets, sizes, strict=True))
+        self._far = far = remote.read([place for place in places if remote.is_remote(place[0])])
+        return (next(far) if remote.is_remote(place[0]) else self.read(*place) for place in places)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """Fewer than `size` bytes where the file ends; raises ManifestError if it cannot be opened. A file at an address comes as
@@ -289,7 +294,7 @@ class Opened:
         if path != self.path or self.file is None:
             if remote.is_remote(path):
                 return remote.fetch(path, offset, offset + size)
-            self.__exit__()
+            self._close()
             try:
                 if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe would be waited for
                     raise ManifestError(f"{path} is not a regular file. Images are read from it.")

@@ -268,7 +268,7 @@ def test_files_of_the_disk_are_read_without_fsspec(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(DATA)
     script = (
         "import sys; from pipeline.store import manifest\n"
-        f"assert b''.join(manifest.stored([({str(tmp_path / 'a')!r}, 5, 10)])) == {DATA[5:15]!r}\n"
+        f"assert manifest.Opened().read({str(tmp_path / 'a')!r}, 5, 10) == {DATA[5:15]!r}\n"
         "assert not {'fsspec', 'aiohttp', 'asyncio'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
