@@ -253,8 +253,8 @@ def _filesystem_of(process: int, kind: str) -> Any:
         made = fsspec.get_filesystem_class(kind)
     except ImportError:
         raise RemoteError(
-            f"{kind}:// is read by the package {package}, which is not installed. Say "
-            f"`pip install 'winnow-vision[{extra}]'`, or in the clone `.venv/bin/pip install -e '.[{extra}]'`."
+            f"{kind}:// is read by the package {package}, which is not installed. Say `pip install {package}`, or "
+            f"`pip install -e '.[{extra}]'` in the clone."
         ) from None
     given = conf.get(kind, {})
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
