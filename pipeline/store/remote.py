@@ -27,7 +27,7 @@ PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "https": ("aiohttp", "w
 """What reads each kind of address: a package, and the extra of winnow that installs it."""
 ATTEMPTS = 12
 PAUSE, LONGEST = 0.1, 10.0  # seconds: the first pause, which doubles, and the longest; less than a minute in all
-SAME = 3  # short answers of one length after which the file is taken to end there
+DOUBTFUL = 3  # short answers after which the file is asked for its size
 CONNECT_SECONDS, READ_SECONDS = 10, 30  # without an answer
 
 CONNECTIONS = 16  # of a process
@@ -51,14 +51,6 @@ _CHANCE = random.Random()  # the pauses take nothing from the random numbers of 
 
 class RemoteError(UserError):
     """An address cannot be read: it is wrong, nothing is there, a package or the right to read it is missing."""
-
-
-class _Short(OSError):
-    """Fewer bytes came than were asked for."""
-
-    def __init__(self, got: int, wanted: int) -> None:
-        super().__init__(f"{got:,} of {wanted:,} bytes came")
-        self.got = got
 
 
 class Object(NamedTuple):
@@ -119,20 +111,19 @@ def fetch(url: str, start: int, end: int, given_up: threading.Event | None = Non
     """
     if start >= end:
         return b""
-    fs, lengths = _filesystem(url), list[int]()
+    fs, short = _filesystem(url), itertools.count(1)
 
     def ask() -> bytes:
         data: bytes = fs.cat_file(url, start=start, end=end)
         if len(data) > end - start:
             raise RemoteError(f"{url}: {_WHOLE}")
         if len(data) < end - start:
-            lengths.append(len(data))
-            if lengths[-SAME:] == [len(data)] * SAME:
+            if next(short) >= DOUBTFUL and (size := look(url).size) < end:
                 raise RemoteError(
-                    f"{url} ends at byte {start + len(data):,}, but {end:,} are expected: it was cut short or replaced. Put it "
-                    "back, or run `dvc repro`, which looks at it anew."
+                    f"{url} ends at byte {size:,}, but {end:,} are expected: it was cut short or replaced. Put it back, or run "
+                    "`dvc repro`, which looks at it anew."
                 )
-            raise _Short(len(data), end - start)
+            raise OSError(f"{len(data):,} of {end - start:,} bytes came")
         return data
 
     return patiently(url, ask, given_up)

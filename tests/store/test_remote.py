@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -116,6 +117,18 @@ def test_what_no_repetition_mends_is_told_at_once(web: Web) -> None:
         with pytest.raises(RemoteError, match=r"a.bin may not be read .*403.* Credentials come from the environment"):
             remote.look(f"{address}/a.bin")
         assert len(app.seen) == asked + 3
+
+
+def test_a_file_is_not_taken_to_end_where_answers_do(web: Web) -> None:
+    with unreliable(web, 0, 1) as (address, app):
+
+        def patched(environ: Any, start: Any) -> Any:
+            app.cut = len(app.seen) < 8
+            return web(environ, start)
+
+        app.app = patched
+        assert remote.fetch(f"{address}/a.bin", 0, 5000) == DATA[:5000]
+        assert app.done["cut"] > 4
 
 
 def test_who_does_not_answer_is_named_and_the_command_may_be_repeated(
