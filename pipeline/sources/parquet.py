@@ -47,7 +47,7 @@ class Parquet(Section):
     """Parquet tables."""
     path: InsideRoot
     """A path below `prepare.root`, or a glob pattern."""
-    remote: RemoteEntry | None = None
+    remote: RemoteEntry = None
     """The entry of `remote` that lists them: `path` is then below its address."""
     image: str = "image"
     """The column of bytes, or of structs with a field `bytes`."""

@@ -49,8 +49,8 @@ def _inside(path: str) -> str:
 
 InsideRoot = Annotated[str, AfterValidator(expect_whole), AfterValidator(_inside)]
 """A path relative to `root`; may be a glob pattern."""
-RemoteEntry = Annotated[str, Names("remote")]
-"""An entry of `remote`, below whose address a source lies."""
+RemoteEntry = Annotated[str | None, Names("remote")]
+"""An entry of `remote`, below whose address a source lies; null: below `root`."""
 
 PREPARE = "prepare"
 Role = Literal["labelled", "val", "pool"]

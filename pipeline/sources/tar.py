@@ -29,7 +29,7 @@ class Tar(Section):
     path: InsideRoot
     """A path below `prepare.root`, or a glob pattern. Where labels are wanted, the first folder of a member's name is its
     class."""
-    remote: RemoteEntry | None = None
+    remote: RemoteEntry = None
     """The entry of `remote` that lists them: `path` is then below its address."""
 
     def files(self, request: Request) -> Iterator[File]:
