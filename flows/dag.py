@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 LOOSE_FILE_BYTES = 1_000_000
+ALWAYS = "always changed"  # as `dvc status` calls it
 MARKER = ".winnow"  # in a new remote that is a folder
 NO_PHONING_HOME = {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
@@ -109,6 +110,11 @@ def stale(folder: Path, stages: Sequence[str]) -> dict[str, Any]:
     return {stage: answer[stage] for stage in stages if stage in answer}
 
 
+def looking(changes: Mapping[str, Any]) -> list[str]:
+    """The stages in an answer of `stale` that have nothing new but run each time, to look at what DVC cannot watch."""
+    return [stage for stage, change in changes.items() if list(change) == [ALWAYS]]
+
+
 def missing_sources(folder: Path, changes: Mapping[str, Any]) -> list[str]:
     """The dependencies in an answer of `stale` that are not there and that no stage makes."""
     made = set(re.findall(r'^"([^"]+)";', call(folder, "dag", "--outs", "--dot"), re.M))
@@ -174,6 +180,8 @@ def _result(stage: Any, entry: Any, known: Mapping[str, Any], maker: Mapping[str
         if entry is None or _get_cache_hash(dict(entry), key=True) != key:
             folder = Path(repo.stage_cache._get_cache_dir(key))
             entry = repo.stage_cache._load_cache(key, max(folder.iterdir(), key=lambda file: file.stat().st_mtime).name)
+        elif stage.always_changed:  # DVC keeps no run of it; what it will find is taken to be what it found
+            return list(entry["outs"])
         if not entry or not repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached():
             return None
     except (DvcException, KeyError, OSError, ValueError):  # a dependency that is not there, a cache without an entry

@@ -139,10 +139,12 @@ def looked(folder: Path, graph: dag.Dag, wanted: Sequence[str], changes: Mapping
     stale = [stage for stage in wanted if force or stage in graph.affected(changes)]
     known = dag.restorable(folder, wanted, stale) if stale and not force else {}
     # Where all above is restored as it was, a stage whose outputs are in place is up to date.
-    untouched = {stage for stage, as_locked in known.items() if as_locked and not _outs(changes.get(stage, []))}
+    looks = {stage for stage, change in changes.items() if dag.ALWAYS in change}
+    untouched = {s for s, as_locked in known.items() if as_locked and s not in looks and not _outs(changes.get(s, []))}
     todo = [stage for stage in stale if stage not in untouched]
-    runs = [stage for stage in todo if stage not in known]
-    return Looked(todo, reasons(folder, graph, todo, runs, changes, force), known.keys() & set(todo), len(wanted) - len(todo))
+    runs = [stage for stage in todo if stage not in known or stage in looks]
+    why = reasons(folder, graph, todo, [stage for stage in runs if stage not in looks], changes, force)
+    return Looked(todo, why, known.keys() & set(todo) - looks, len(wanted) - len(todo))
 
 
 def _outs(of_stage: Sequence[Any]) -> bool:
@@ -191,6 +193,8 @@ def _causes(
             before = (entry.get("params") or {}).get(file, {})
             for key in state:
                 yield from differences(key, before.get(key, ABSENT), at(tree, key))
+    if dag.ALWAYS in of_stage:
+        yield "looks at its address anew each time; what needs it is taken to find nothing new"
     if "changed command" in of_stage:
         yield "its command in dvc.yaml"
     for path, state in deps.items():

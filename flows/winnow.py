@@ -73,9 +73,20 @@ async def winnow(
         await asyncio.to_thread(worktree.link_sources, workspace, folder, dag.missing_sources(folder, changes))
         await scan(folder)
     where = Where(folder, workspace, force, env, share=await asyncio.to_thread(dag.has_remote, folder))
+    looked = list[str]()
+    for s in [] if force else dag.looking(changes):  # what they find decides what is stale
+        try:
+            await limited(run_stage, s, hours, retries)(s, where, [], strict=False)
+            looked.append(s)
+        except Exception as error:  # it is still to do, and holds up those that need it
+            log.warning("%s: %s", s, error)
+    if looked:
+        again = await asyncio.to_thread(dag.stale, folder, wanted)
+        changes = {s: change for s, change in again.items() if s not in looked}
     todo = [s for s in wanted if force or s in graph.affected(changes)]
     log.info("%d of %d stages are up to date, to do: %s", len(wanted) - len(todo), len(wanted), ", ".join(todo) or "nothing")
-    await asyncio.gather(*(up_to_date.with_options(name=s, task_run_name=s)(s) for s in wanted if s not in todo))
+    left = [s for s in wanted if s not in todo and s not in looked]
+    await asyncio.gather(*(up_to_date.with_options(name=s, task_run_name=s)(s) for s in left))
     deployment, theirs = await gpu_deployment() if elsewhere else (None, frozenset[str]())
     planned, ended = await forecast.show(where, graph, wanted, todo, changes, theirs), dict[str, float]()
 

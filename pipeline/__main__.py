@@ -19,7 +19,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic.json_schema import models_json_schema
 
@@ -156,6 +156,14 @@ def _references(tree: Mapping[str, Any], section: type[Section], key: str, value
             yield f"`{key}.{name}` is {named!r}: {why}. Correct it."
         elif marks and isinstance(named, str) and (stage := named.partition("/")[0]) in set(STAGES) - set(marks[0].of or STAGES):
             yield f"`{key}.{name}` is {named!r}, but `{stage}` makes no {marks[0].what}: {', '.join(marks[0].of)} do."
+        for number, inner in enumerate(named if isinstance(named, list) else ()):
+            for kind in params.sections_in(field.annotation):
+                if isinstance(inner, dict) and "kind" in kind.model_fields and inner.get("kind") in _kinds(kind):
+                    yield from _references(tree, kind, f"{key}.{name}.{number}", inner)
+
+
+def _kinds(section: type[Section]) -> tuple[Any, ...]:
+    return get_args(section.model_fields["kind"].annotation)
 
 
 def _made(tree: Mapping[str, Any], path: str) -> str:

@@ -7,3 +7,10 @@ class UserError(Exception):
     The message names the file or the key, says what was expected and what to do. `pipeline.stage.main` prints it without a
     traceback; every other exception is a defect of winnow and keeps its traceback.
     """
+
+
+class Unavailable(UserError):
+    """A network or a server did not give what is needed: nothing is wrong with the input, and a repetition may help.
+
+    The exit status of a stage says so (75), and Prefect tries it again.
+    """

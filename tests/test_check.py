@@ -1,6 +1,7 @@
 """`python -m pipeline` (check, schema, reference), and every params file that is shipped."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -228,6 +229,17 @@ def test_the_command_ends_with_2_and_starts_neither_dvc_nor_prefect_nor_mlflow(h
     assert (done.returncode, done.stdout) == (2, "[]\n")
     assert done.stderr.startswith("error: bad.yaml is not valid YAML")
     assert "Traceback" not in done.stderr
+
+
+def test_a_source_that_names_no_entry_of_remote_is_named(house: Path) -> None:
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text())
+    tree["remote"] = {"crawl": {"url": "s3://bucket/crawl"}}
+    tree["prepare"]["pool"] = [{"kind": "tar", "remote": name, "path": "*.tar"} for name in ("crawl", "crawel")]
+    (house / "params.yaml").write_text(yaml.safe_dump(tree))
+    told = "`prepare.pool.1.remote` is 'crawel': there is no `crawel` in `remote` (did you mean `crawl`?)"
+    with pytest.raises(ParamsError, match=re.escape(told)) as error:
+        command.check(house / "params.yaml")
+    assert "pool.0" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from pipeline.models import architectures
 from pipeline.models.inputs import Wanted
 from pipeline.store import artifact, manifest
 from tests.browser import WIDTHS, is_cut, opened
+from tests.servers import Web, serving
 from tests.tiny import PARAMS, jpegs, tar_of
 
 ROOT = Path(__file__).parent.parent
@@ -68,9 +69,9 @@ class House:
         assert (done.returncode == 0) == ok, output[-5000:]
         return output
 
-    def repro(self, ok: bool = True) -> tuple[list[str], str]:
+    def repro(self, *targets: str, ok: bool = True) -> tuple[list[str], str]:
         """The stages that `dvc repro` ran, and its output."""
-        output = self.run("dvc", "repro", ok=ok)
+        output = self.run("dvc", "repro", *targets, ok=ok)
         return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage ")], output
 
 
@@ -330,3 +331,35 @@ def test_the_networks_of_the_recipe_for_imagenet_are_timms() -> None:
     assert Wanted(**teacher["input"]).fitted(published, True).side == 256
     freeze(made["resnet50d_320"], tuple(recipe["trainings"]["fix"]["frozen"]))
     assert {n for n, p in made["resnet50d_320"].named_parameters() if p.requires_grad} == {"fc.weight", "fc.bias"}
+
+
+def test_what_changes_at_an_address_makes_prepare_stale_and_its_password_is_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSSPEC_HTTP", json.dumps({"headers": {"Authorization": "Bearer hunter2"}}))
+    monkeypatch.setenv("WINNOW_TRACKING", "off")  # a mirror would outlive the test
+    house, raw = House(tmp_path), tmp_path / "data" / "raw"
+    tar_of(raw / "labelled.tar", jpegs({"ant": 4, "bee": 4}))
+    tar_of(raw / "val.tar", jpegs({"ant": 2, "bee": 2}, seed=1))
+    pools = [tar_of(tmp_path / name, jpegs({"x": n}, seed=2)).read_bytes() for n, name in ((3, "old.tar"), (4, "new.tar"))]
+    web = Web({"pool.tar": pools[0]}, token="hunter2")
+    with serving(web) as at:
+        house.params(
+            {
+                **PARAMS,
+                "draw": {},
+                "remote": {"web": {"url": at, "files": ["pool.tar"]}},
+                "prepare": {
+                    **PARAMS["prepare"],
+                    "root": "data/raw",
+                    "pool": [{"kind": "tar", "path": "*.tar", "remote": "web"}],
+                },
+            }
+        )
+        assert house.repro("prepare")[0] == ["remote@web", "prepare"]
+        assert house.repro("prepare")[0] == ["remote@web"]  # it looks each time, and finds the same
+        web.files["pool.tar"] = pools[1]
+        assert house.repro("prepare")[0] == ["remote@web", "prepare"]
+        assert len(manifest.read(tmp_path / "data/prepare/pool")) == 4
+    for file in (file for file in tmp_path.rglob("*") if file.is_file()):
+        assert b"hunter2" not in file.read_bytes(), file

@@ -26,7 +26,7 @@ from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pipeline.errors import UserError
+from pipeline.errors import Unavailable, UserError
 from pipeline.harness import cache, durations, lockfile, parent, ranks, reference, scratch
 from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal, open_journal, project_folder
@@ -46,17 +46,19 @@ WRONG_INPUT, TRY_AGAIN, INTERRUPTED = 2, 75, 130
 TOO_LARGE = ("a file may not grow further", "Raise the limit (`ulimit -f`)")
 
 
-def main(run: Callable[..., Metrics], parallel: bool = False, gathers: str | None = None) -> None:
+def main(run: Callable[..., Metrics], parallel: bool = False, gathers: str | None = None, tracked: bool = True) -> None:
     """Run a stage from the command line. Its exit code says whether a repetition may help, which is what `flows` asks.
 
-    2: a UserError, with its message and no traceback. 75: a disk, a network or a process of a pool failed. 130: interrupted.
+    2: a UserError, with its message and no traceback. 75: a disk, a network or a process of a pool failed (an OSError, or what is
+    Unavailable). 130: interrupted.
     1: a defect of winnow, with its traceback.
     `parallel`: the stage trains with `fit`, so `machine.processes` processes can share it. `gathers`: the stage reads all entries
-    of this section, whose names `run` gets as `entries`; its run in MLflow stands for all that they were made from.
+    of this section, whose names `run` gets as `entries`; its run in MLflow stands for all that they were made from. `tracked`: it
+    has a run in MLflow at all.
     """
     parent.end_with_starter()
     with exit_codes("it goes on where it stopped"):
-        _main(_importable(run), sys.argv[1:], parallel, gathers)
+        _main(_importable(run), sys.argv[1:], parallel, gathers, tracked)
 
 
 @contextlib.contextmanager
@@ -65,7 +67,7 @@ def exit_codes(repeated: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _stop(f"{error}{cache.advice(error)}", WRONG_INPUT)
+        _stop(f"{error}{cache.advice(error)}", TRY_AGAIN if isinstance(error, Unavailable) else WRONG_INPUT)
     except OSError as error:
         if error.errno in artifact.FULL:
             what, mend = ("the disk is full", "Free space") if error.errno != errno.EFBIG else TOO_LARGE
@@ -82,7 +84,7 @@ def exit_codes(repeated: str) -> Iterator[None]:
         _stop("interrupted. Repeat the command to go on.", INTERRUPTED)
 
 
-def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers: str | None) -> None:
+def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers: str | None, tracked: bool = True) -> None:
     stage = Path(inspect.getfile(run)).stem
     hints = get_type_hints(run)
     wanted = hints.keys() | (Job._fields if "job" in hints else ())
@@ -123,7 +125,9 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         if "workdir" in wanted:
             workdir.mkdir(parents=True, exist_ok=True)
         artifact.provenance.set(record)
-        journal = injected["journal"] = open_journal(record, WORK / "journal", gathers is not None) if first else Journal()
+        journal = injected["journal"] = (
+            open_journal(record, WORK / "journal", gathers is not None) if first and tracked else Journal()
+        )
         if "job" in wanted:
             injected["job"] = Job(**{name: injected[name] for name in Job._fields})
         random.seed(0)

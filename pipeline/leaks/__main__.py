@@ -27,13 +27,14 @@ from pipeline.leaks.decision import Dedup
 from pipeline.leaks.search import search
 from pipeline.sources.checking import check_images, reasons_of, refused_of
 from pipeline.sources.folder import Folder
-from pipeline.sources.listing import Listing, kind_of, list_files
+from pipeline.sources.listing import Listing, at_address, kind_of, list_files
 from pipeline.sources.parquet import Parquet
 from pipeline.sources.source import SourceError
 from pipeline.sources.tar import Tar
 from pipeline.sources.tars import Tars
 from pipeline.store import artifact, decode, manifest
 from pipeline.store.manifest import Manifest
+from pipeline.store.remote import Object, is_remote
 
 COPIES, DEFECT = 1, 3
 SHOWN = 10  # copies named in the summary
@@ -149,8 +150,12 @@ def _expect_ours(out: Path) -> None:
 
 def _checked(name: str, given: str, column: str, work: Path, machine: Machine) -> Checked:
     """The images of one side, all decoded once, as `prepare` does it. Raises SourceError where none can be used."""
-    root, pattern = _split(given)
-    first = root if pattern == "." else next(iter(sorted(root.glob(pattern))), root / pattern)
+    elsewhere = at_address(given) if is_remote(given) else None
+    if elsewhere is None:
+        root, pattern = _split(given)
+        first: Path | Object = root if pattern == "." else next(iter(sorted(root.glob(pattern))), root / pattern)
+    else:
+        root, (pattern, first) = Path(), next(iter(elsewhere.objects.items()))
     kind = kind_of(first)
     if kind in ("list", "file"):
         raise SourceError(
@@ -166,7 +171,7 @@ def _checked(name: str, given: str, column: str, work: Path, machine: Machine) -
     folder = work / f"{name}-images"
     folder.mkdir()
     listing = check_images(
-        list_files([source], "pool", root, Tars(folder, folder), f"leaks: {name}"),
+        list_files([source], "pool", root, Tars(folder, folder), f"leaks: {name}", elsewhere=elsewhere),
         _size_of,
         machine.cores(machine.workers),
         f"leaks: {name}",

@@ -12,7 +12,8 @@ from pipeline.errors import UserError
 from pipeline.planning.work import HOLD_TRAIN, Recipe
 from pipeline.scenes.categories import CLASSES
 from pipeline.scenes.dataset import Draw
-from pipeline.sources.parquet import Parquet
+from pipeline.sources.listing import request_of
+from pipeline.sources.parquet import Parquet, rows_of
 from pipeline.sources.source import Request, Role
 from pipeline.sources.tars import Tars
 from pipeline.sources.torchvision import Torchvision
@@ -79,7 +80,10 @@ def given(recipe: Recipe) -> Given:
     classes: set[str] = set()
     roles: dict[Role, Any] = {"labelled": params.labelled, "val": params.val, "pool": params.pool}
     nowhere = Tars(Path(), Path())  # tables are not unpacked to be counted
-    held = {role: sum(_held(source, Request(role, Path(root), nowhere, classes)) for source in roles[role]) for role in roles}
+    held = {
+        role: sum(_held(source, request_of(source, Request(role, Path(root), nowhere, classes))) for source in roles[role])
+        for role in roles
+    }
     named = params.classes or next((s.classes for s in params.labelled if isinstance(s, Parquet) and s.classes), ())
     return Given(held["labelled"], held["val"], held["pool"], len(classes) or len(named) or CLASSES_OF_TABLES)
 
@@ -88,7 +92,7 @@ def _held(source: Any, request: Request) -> int:
     if isinstance(source, Torchvision):
         raise CountError(f"torchvision's {source.name} is not counted before `prepare` has run. Say --images, --val, --labelled.")
     if isinstance(source, Parquet):
-        return sum(pq.read_metadata(file).num_rows for file in request.matching(source.path))
+        return sum(rows_of(file, request) for file in request.stored(source.path))
     return sum(1 for file in source.files(request) if file.reason is None)
 
 

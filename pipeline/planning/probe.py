@@ -34,6 +34,7 @@ from pipeline.models import architectures, device, inputs, network, prediction
 from pipeline.planning.work import ENTRIES, Kind, Recipe, votes
 from pipeline.report import corruptions
 from pipeline.scenes import dataset
+from pipeline.sources.listing import request_of
 from pipeline.sources.source import Request
 from pipeline.sources.tars import Tars
 from pipeline.stages.pack import QUALITY
@@ -103,7 +104,7 @@ class Prober:
         assert isinstance(params, Prepare)
         request = Request("pool", Path(params.root), Tars(Path(), Path()), set())
         sources = [s for s in (*params.pool, *params.labelled) if s.kind in ("tar", "folder")]
-        files = itertools.chain.from_iterable(source.files(request) for source in sources)
+        files = itertools.chain.from_iterable(source.files(request_of(source, request)) for source in sources)
         with manifest.Opened() as opened:
             listed = itertools.islice((file for file in files if file.reason is None), SAMPLE)
             found = [opened.read(file.path, file.offset, file.size) for file in listed]

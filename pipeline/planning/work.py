@@ -180,7 +180,7 @@ class Recipe:
 
 TRAINS = ("pretrain", "teach", "distil", "self_distil")
 ORDER = (
-    "draw", "prepare", "search", "dedup", "pretrain", "teach", "ensemble", "score", "select", "pack", "label", "distil",
+    "draw", "remote", "prepare", "search", "dedup", "pretrain", "teach", "ensemble", "score", "select", "pack", "label", "distil",
     "self_distil", "evaluate", "export", "compare",
 )  # fmt: skip
 """The stages of a params file where DVC is not asked for their order; one that is not among them is not known here."""
@@ -235,6 +235,10 @@ def _draw(facts: Facts) -> Parts:
     p, each = facts.params, 10
     images = each * (p.labelled + p.val) + p.in_class + p.out_of_class + p.leaks + p.broken
     return [(kind("draw"), images), _processes(facts)]
+
+
+def _remote(facts: Facts) -> Parts:
+    return []  # it starts, and asks; a server's answers are not probed
 
 
 def _processes(facts: Facts) -> tuple[Kind, float]:
@@ -448,6 +452,7 @@ def _compare(facts: Facts) -> Parts:
 
 WORKS: Mapping[str, Callable[[Facts], Parts]] = {
     "draw": _draw,
+    "remote": _remote,
     "prepare": _prepare,
     "search": _search,
     "dedup": _dedup,

@@ -13,13 +13,14 @@ from pipeline.errors import UserError
 from pipeline.models import inputs
 from pipeline.sources import listing
 from pipeline.sources.folder import Folder
-from pipeline.sources.listing import kind_of
+from pipeline.sources.listing import at_address, kind_of
 from pipeline.sources.parquet import Parquet, rows_of
-from pipeline.sources.source import File, Request
+from pipeline.sources.source import File, Request, SourceError
 from pipeline.sources.tar import Tar
 from pipeline.sources.tars import Tars
 from pipeline.store.decode import ImageRefused, decode
 from pipeline.store.manifest import MAX_BYTES, ManifestError, Opened
+from pipeline.store.remote import Object, RemoteError, is_remote
 
 CHUNK = 32  # pictures that a thread loads at once
 THUMBNAIL = 224  # pixels of the longest side
@@ -65,37 +66,46 @@ def lots(paths: Sequence[str], column: str) -> list[Lot]:
     gathered here, in Arrow tables. Raises SourceError for what is not there or cannot be read as what it is.
     """
     found: list[Lot] = []
-    files: list[Path] = []
-    for path in map(Path, paths):
-        kind = kind_of(path)
+    files: list[Path | Object] = []
+    for given in paths:
+        elsewhere = at_address(given) if is_remote(given) else None
+        path = Path(given) if elsewhere is None else next(iter(elsewhere.objects.values()))
+        kind, request = kind_of(path), Request("pool", Path(given), NOWHERE, set(), COMMAND, elsewhere)
         if kind == "file":
             files.append(path)
             continue
         found += _of_files(files)
         files = []
         if kind == "parquet":
-            found.append(_of_table(path, column))
+            found.append(_of_table(path, column, request))
+        elif kind == "tar":
+            found.append(_of_listing(_listed(_inside(Tar(kind="tar", path=_below(path)), path, request), path)))
+        elif isinstance(path, Object):
+            raise SourceError(f"{path}: a list of paths is read from a disk. Download it.")
         elif kind == "list":
             found.append(_of_listing(_listed(_named(path), path)))
-        elif kind == "tar":
-            found.append(_of_listing(_listed(_inside(Tar(kind="tar", path="."), path), path)))
         else:
-            found.append(_of_listing(_listed(_inside(Folder(kind="folder", path="."), path), path).sort_by("id")))
+            found.append(_of_listing(_listed(_inside(Folder(kind="folder", path="."), path, request), path).sort_by("id")))
     return found + _of_files(files)
 
 
-def _of_files(paths: Sequence[Path]) -> list[Lot]:
-    rows = (File(str(path), str(path), 0, UNKNOWN, None, None) for path in paths)
+def _of_files(paths: Sequence[Path | Object]) -> list[Lot]:
+    rows = (File(str(path), str(path), 0, path.size if isinstance(path, Object) else UNKNOWN, None, None) for path in paths)
     return [_of_listing(_listed(rows, paths[0]))] if paths else []
 
 
-def _inside(source: Folder | Tar, path: Path) -> Iterator[File]:
-    for file in source.files(_request(path)):
-        yield file._replace(id=f"{path.as_posix()}/{file.id}")
+def _inside(source: Folder | Tar, path: Path | Object, request: Request) -> Iterator[File]:
+    for file in source.files(request):
+        yield file._replace(id=_id(path, file.id))
 
 
-def _request(path: Path) -> Request:
-    return Request("pool", path, NOWHERE, set(), COMMAND)
+def _below(path: Path | Object) -> str:
+    """How a source names the file that its request is about."""
+    return path.name if isinstance(path, Object) else "."
+
+
+def _id(path: Path | Object, image: str) -> str:
+    return image if isinstance(path, Object) else f"{path.as_posix()}/{image}"
 
 
 def _named(path: Path) -> Iterator[File]:
@@ -109,7 +119,7 @@ def _named(path: Path) -> Iterator[File]:
         raise UserError(f"{path} is not a list of paths in UTF-8, one a line ({error.reason}).") from None
 
 
-def _listed(files: Iterable[File], path: Path) -> pa.Table:
+def _listed(files: Iterable[File], path: Path | Object) -> pa.Table:
     return listing.gathered(files, f"{COMMAND}: listing {path}")
 
 
@@ -124,13 +134,13 @@ def _of_listing(table: pa.Table) -> Lot:
     return Lot(len(table), chunks)
 
 
-def _of_table(path: Path, column: str) -> Lot:
-    source, request = Parquet(kind="parquet", path=".", image=column), _request(path)
+def _of_table(path: Path | Object, column: str, request: Request) -> Lot:
+    source = Parquet(kind="parquet", path=_below(path), image=column)
 
     def chunks() -> Iterator[list[Picture]]:
         records = source.records(request)
         while chunk := list(islice(records, CHUNK)):
-            yield [Picture(f"{path.as_posix()}/{r.id}", "", 0, len(r.data), r.reason, r.data) for r in chunk]
+            yield [Picture(_id(path, r.id), "", 0, len(r.data), r.reason, r.data) for r in chunk]
 
     return Lot(rows_of(path, request), chunks)
 
@@ -150,7 +160,7 @@ def _load(chunk: Sequence[Picture], side: int, thumbnails: bool) -> Loaded:
             except ImageRefused as refusal:
                 out.errors.append(str(refusal))
                 continue
-            except (ManifestError, OSError) as error:
+            except (ManifestError, RemoteError, OSError) as error:
                 out.errors.append(f"unreadable: {error}")
                 continue
             out.errors.append(None)

@@ -52,14 +52,19 @@ def check_images(listing: Listing, size_of: SizeOf, workers: int, command: str =
 def _measured(chunk: pa.RecordBatch, size_of: SizeOf, moved: Mapping[str, str]) -> pa.RecordBatch:
     rows: list[tuple[int | None, int | None, int | None, str | None]] = []
     columns = chunk.select(["path", "offset", "size", "reason"]).to_pydict().values()
+    reasons = [_refused(size, reason) for *_, size, reason in zip(*columns, strict=True)]
+    places = [
+        (moved.get(path, path), offset, size)
+        for (path, offset, size, _), reason in zip(zip(*columns, strict=True), reasons, strict=True)
+        if reason is None
+    ]
     with manifest.Opened() as opened:
-        for path, offset, size, reason in zip(*columns, strict=True):
-            if reason is None and size > MAX_BYTES:
-                reason = f"oversized: {size} bytes"
+        files = opened.each(*(zip(*places, strict=True) if places else ((), (), ())))
+        for reason in reasons:
             if reason is not None:
                 rows.append((None, None, None, reason))
                 continue
-            data = opened.read(moved.get(path, path), offset, size)
+            data = next(files)
             try:
                 width, height = size_of(data)
             except decode.ImageRefused as refusal:
@@ -67,6 +72,10 @@ def _measured(chunk: pa.RecordBatch, size_of: SizeOf, moved: Mapping[str, str]) 
             else:
                 rows.append((width, height, zlib.crc32(data), None))
     return batch(rows, MEASURED)
+
+
+def _refused(size: int, reason: str | None) -> str | None:
+    return reason or (f"oversized: {size} bytes" if size > MAX_BYTES else None)
 
 
 def refused_of(listing: Listing) -> pa.Table:

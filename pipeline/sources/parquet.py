@@ -10,8 +10,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator
 
-from pipeline.sources.source import File, InsideRoot, Record, Request, SourceError, distinct, record_of, some, unpacked
+from pipeline.sources.source import (
+    File,
+    InsideRoot,
+    Record,
+    RemoteEntry,
+    Request,
+    SourceError,
+    distinct,
+    record_of,
+    some,
+    unpacked,
+)
 from pipeline.store.params import Section
+from pipeline.store.remote import Object
 
 ENCODED = "image files (binary, or a struct with `bytes`)"
 RECORDS = 64  # of a table, with their bytes, in memory at once
@@ -35,6 +47,8 @@ class Parquet(Section):
     """Parquet tables."""
     path: InsideRoot
     """A path below `prepare.root`, or a glob pattern."""
+    remote: RemoteEntry = None
+    """The entry of `remote` that lists them: `path` is then below its address."""
     image: str = "image"
     """The column of bytes, or of structs with a field `bytes`."""
     label: str = "label"
@@ -48,18 +62,19 @@ class Parquet(Section):
 
     def records(self, request: Request) -> Iterator[Record]:
         """Every row with its bytes, as it is read. Raises SourceError like `files`."""
-        for file in request.matching(self.path):
+        for file in request.stored(self.path):
             yield from _records(self, file, request)
 
 
-def rows_of(file: Path, request: Request) -> int:
+def rows_of(file: Path | Object, request: Request) -> int:
     """How many rows a table has. Raises SourceError if it cannot be read."""
     with _parquet(file, request) as table:
         return int(table.metadata.num_rows)
 
 
-def _records(source: Parquet, file: Path, request: Request) -> Iterator[Record]:
+def _records(source: Parquet, file: Path | Object, request: Request) -> Iterator[Record]:
     role, prefix = request.role, request.prefix(file)
+    size = file.size if isinstance(file, Object) else file.stat().st_size if file.is_file() else 0
     with _parquet(file, request) as table:
         schema = table.schema_arrow
         _expect_column(schema, "image", source.image, file, request, _holds_bytes, ENCODED)
@@ -74,7 +89,7 @@ def _records(source: Parquet, file: Path, request: Request) -> Iterator[Record]:
             cells = part.column(source.image)
             encoded = cells.field("bytes") if pa.types.is_struct(cells.type) else cells
             unpacked += encoded.nbytes
-            if unpacked > max(GROWN, GROWTH * file.stat().st_size):
+            if unpacked > max(GROWN, GROWTH * size):
                 raise SourceError(
                     f"{request.told(file)}: the column `{source.image}` holds more than {GROWTH} times the size of the file, as "
                     "image files never do. Look at what wrote it."
@@ -96,12 +111,12 @@ def _batches(table: pq.ParquetFile, columns: list[str], image: str) -> Iterator[
 
 
 @contextmanager
-def _parquet(file: Path, request: Request) -> Iterator[pq.ParquetFile]:
+def _parquet(file: Path | Object, request: Request) -> Iterator[pq.ParquetFile]:
     """Whatever Arrow says of a damaged file, at its footer or in the middle, names the file."""
-    if not file.is_file():
+    if isinstance(file, Path) and not file.is_file():
         raise SourceError(f"{request.told(file)} is not a file, and cannot be read as Parquet.")
     try:
-        with pq.ParquetFile(file) as table:
+        with pq.ParquetFile(file.open() if isinstance(file, Object) else file) as table:
             yield table
     except (pa.ArrowMemoryError, MemoryError) as error:
         raise SourceError(
@@ -113,7 +128,7 @@ def _parquet(file: Path, request: Request) -> Iterator[pq.ParquetFile]:
 
 
 def _expect_column(
-    schema: pa.Schema, key: str, name: str, file: Path, request: Request, fits: Callable[[pa.DataType], bool], what: str
+    schema: pa.Schema, key: str, name: str, file: Path | Object, request: Request, fits: Callable[[pa.DataType], bool], what: str
 ) -> None:
     where, option = request.told(file), request.option(key)
     if schema.names.count(name) > 1:

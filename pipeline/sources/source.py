@@ -9,7 +9,10 @@ import pyarrow as pa
 from pydantic import AfterValidator
 
 from pipeline.errors import UserError
+from pipeline.sources.remote import Listed
 from pipeline.sources.tars import Tars
+from pipeline.store.params import Names
+from pipeline.store.remote import Object, is_remote
 
 LISTED = pa.schema(
     [
@@ -35,6 +38,10 @@ def expect_whole(path: str) -> str:
 
 
 def _inside(path: str) -> str:
+    if is_remote(path):
+        raise ValueError(
+            "an address stands in the section `remote`, `remote: {<name>: {url: ...}}`, and beside this `path: remote: <name>`"
+        )
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise ValueError("must lie below `prepare.root`, the folder that DVC watches; give it relative to that")
     return path
@@ -42,6 +49,8 @@ def _inside(path: str) -> str:
 
 InsideRoot = Annotated[str, AfterValidator(expect_whole), AfterValidator(_inside)]
 """A path relative to `root`; may be a glob pattern."""
+RemoteEntry = Annotated[str | None, Names("remote")]
+"""An entry of `remote`, below whose address a source lies; null: below `root`."""
 
 PREPARE = "prepare"
 Role = Literal["labelled", "val", "pool"]
@@ -51,7 +60,7 @@ class Request(NamedTuple):
     """What a kind of source is asked for: the files of one role below `root`.
 
     Images that are no files become members of `tars`; the classes that a source has are added to `classes`. `command`: who asks;
-    only `prepare` has params that messages can name.
+    only `prepare` has params that messages can name. `remote`: what was listed below an address, in the place of `root`.
     """
 
     role: Role
@@ -59,6 +68,13 @@ class Request(NamedTuple):
     tars: Tars
     classes: set[str]
     command: str = PREPARE
+    remote: Listed | None = None
+
+    def stored(self, pattern: str) -> list[Path] | list[Object]:
+        """The files that a path or a glob pattern names, here or below an address. Raises SourceError if that is nothing."""
+        if self.remote is not None:
+            return self.remote.matching(pattern, f"prepare.{self.role}" if self.command == PREPARE else self.command)
+        return self.matching(pattern)
 
     def matching(self, pattern: str) -> list[Path]:
         """What a path or a glob pattern names below `root`. Raises SourceError if that is nothing."""
@@ -90,7 +106,7 @@ class Request(NamedTuple):
                 f"rm {path} && mv NEW {path}`."
             )
 
-    def told(self, file: Path) -> str:
+    def told(self, file: Path | Object) -> str:
         """How messages call a file."""
         return f"prepare.{self.role}: {file}" if self.command == PREPARE else str(file)
 
@@ -98,8 +114,11 @@ class Request(NamedTuple):
         """How a column of a table is named to a source."""
         return f"`{key}: <column>`" if self.command == PREPARE else f"`--{key} <column>`"
 
-    def prefix(self, path: Path) -> str:
+    def prefix(self, path: Path | Object) -> str:
         """What the ids of the images in `path` begin with."""
+        if isinstance(path, Object):
+            assert self.remote is not None
+            return self.remote.prefix(path)
         return "" if path == self.root else path.relative_to(self.root).as_posix() + "/"
 
 
@@ -132,7 +151,7 @@ class Record(NamedTuple):
     reason: str | None = None
 
 
-def with_class_folders(members: Iterable[Member], path: Path, request: Request, *, in_tar: bool) -> Iterator[File]:
+def with_class_folders(members: Iterable[Member], path: Path | Object, request: Request, *, in_tar: bool) -> Iterator[File]:
     """The files of one folder or tar. Raises SourceError if labels are wanted and it has no class folders."""
     labelled, seen = request.role != "pool", dict[str, str]()
     prefix, inside = request.prefix(path), path.as_posix()

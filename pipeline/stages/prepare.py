@@ -24,7 +24,7 @@ from pipeline.harness import stage
 from pipeline.harness.machine import Machine
 from pipeline.harness.stage import Metrics
 from pipeline.sources.checking import check_images, reasons_of, refused_of
-from pipeline.sources.listing import Listing, Source, list_files
+from pipeline.sources.listing import REMOTE, Listing, Source, list_files
 from pipeline.sources.source import SourceError, expect_whole, some
 from pipeline.sources.tars import Tars
 from pipeline.store import artifact, decode, manifest
@@ -67,6 +67,7 @@ def run(
     params: Prepare,
     *,
     root: Path,
+    remote: Path = REMOTE,
     train_out: Path,
     holdout_out: Path,
     val_out: Path,
@@ -84,9 +85,9 @@ def run(
         outs = (train_out, holdout_out, val_out, pool_out, quarantine_out)
         train_to, holdout_to, val_to, pool_to, quarantine_to = [stack.enter_context(artifact.writing(out)) for out in outs]
         listed = [
-            list_files(params.labelled, "labelled", root, Tars(train_to, train_out)),
-            list_files(params.val, "val", root, Tars(val_to, val_out)),
-            list_files(params.pool, "pool", root, Tars(pool_to, pool_out)),
+            list_files(params.labelled, "labelled", root, Tars(train_to, train_out), lists=remote),
+            list_files(params.val, "val", root, Tars(val_to, val_out), lists=remote),
+            list_files(params.pool, "pool", root, Tars(pool_to, pool_out), lists=remote),
         ]
         _expect_no_image_twice(listed)
         classes = _class_order(listed[0], listed[1], params.classes)
@@ -97,6 +98,8 @@ def run(
         ]
         for listing in checked:
             _expect_images(listing, params)
+            for files in listing.remote:
+                files.expect_unchanged()  # or what was read may be half of the old content and half of the new
         labelled, val, pool = (_images(listing, classes) for listing in checked)
         train, holdout, rest = _divided(labelled, classes, params)
         if params.rest == "pool":

@@ -7,7 +7,7 @@ as ids do.
 import json
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, NamedTuple
@@ -19,14 +19,15 @@ import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
 from pipeline.errors import UserError
-from pipeline.store import artifact
+from pipeline.store import artifact, remote
 
 FILE = "manifest.parquet"
 MAX_BYTES = 1 << 30  # of a file: a larger one is no image, and is not read
 SCHEMA = pa.schema(
     [
         ("id", pa.large_string()),  # unique and stable: <file of the source>/<name within it>; more than 2 GiB of them in all
-        ("path", pa.dictionary(pa.int32(), pa.large_string())),  # relative to the working directory of the stages
+        # Relative to the working directory of the stages, or an address (`s3://...`, see `remote`).
+        ("path", pa.dictionary(pa.int32(), pa.large_string())),
         ("offset", pa.int64()),  # of the image's first byte: 0 for a file of its own, else inside an uncompressed tar
         ("size", pa.int64()),  # bytes
         ("width", pa.int32()),  # pixels, after EXIF orientation
@@ -241,13 +242,19 @@ def balanced(images: Manifest, amount: Amount, seed: int) -> Manifest:
 def image_bytes(images: Manifest, rows: Sequence[int] | np.ndarray) -> Iterator[bytes]:
     """The encoded bytes of the given rows, in that order.
 
-    Raises ManifestError if a file is gone or its bytes are not those that `prepare` saw.
+    Raises ManifestError if a file is gone or its bytes are not those that `prepare` saw; of files at addresses RemoteError and
+    Unavailable, too.
     """
     table = images.table.select(["path", "offset", "size", "crc32"]).take(pa.array(rows, pa.int64()))
+    paths, offsets, sizes, sums = table.to_pydict().values()
     with Opened() as opened:
-        for row, path, offset, size, crc in zip(rows, *table.to_pydict().values(), strict=True):
-            data = opened.read(path, offset, size)
-            if len(data) != size or zlib.crc32(data) != crc:
+        files = opened.each(paths, offsets, sizes)
+        for row, path, offset, size, crc, data in zip(rows, paths, offsets, sizes, sums, files, strict=True):
+            is_it = len(data) == size and zlib.crc32(data) == crc
+            if not is_it and remote.is_remote(path):  # what a network did to it once it hardly does again
+                data = remote.fetch(path, offset, offset + size)
+                is_it = zlib.crc32(data) == crc
+            if not is_it:
                 image = images.table["id"][int(row)].as_py()
                 raise ManifestError(
                     f"{path}: the image {image} is not the one that `prepare` indexed ({len(data)} of {size} bytes "
@@ -262,19 +269,36 @@ class Opened:
     def __init__(self) -> None:
         self.path: str | None = None
         self.file: BinaryIO | None = None
+        self._far: Generator[bytes, None, None] | None = None
 
     def __enter__(self) -> "Opened":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+        if self._far is not None:
+            self._far.close()
+
+    def _close(self) -> None:
         if self.file is not None:
             self.file.close()
         self.path = self.file = None
 
+    def each(self, paths: Sequence[str], offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[bytes]:
+        """`read` of each place, in order; those at addresses are asked for ahead, as long as this is open."""
+        if not any("://" in path for path in set(paths)):
+            return map(self.read, paths, offsets, sizes)
+        places = list(zip(paths, offsets, sizes, strict=True))
+        self._far = far = remote.read([place for place in places if remote.is_remote(place[0])])
+        return (next(far) if remote.is_remote(place[0]) else self.read(*place) for place in places)
+
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Fewer than `size` bytes where the file ends; raises ManifestError if it cannot be opened."""
+        """Fewer than `size` bytes where the file ends; raises ManifestError if it cannot be opened. A file at an address comes as
+        from `remote.fetch`."""
         if path != self.path or self.file is None:
-            self.__exit__()
+            if remote.is_remote(path):
+                return remote.fetch(path, offset, offset + size)
+            self._close()
             try:
                 if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe would be waited for
                     raise ManifestError(f"{path} is not a regular file. Images are read from it.")

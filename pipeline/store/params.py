@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UserError
+from pipeline.store.remote import is_remote, masked
 
 S = TypeVar("S", bound=BaseModel)
 STAGES = tuple(sorted(p.stem for p in (Path(__file__).parents[1] / "stages").glob("[a-z]*.py")))
@@ -206,6 +207,11 @@ def unsafe(tree: Mapping[str, Any]) -> list[str]:
     root = tree["prepare"].get("root") if isinstance(tree.get("prepare"), dict) else None
     if isinstance(root, str) and (not root.strip() or not root.isprintable()):
         wrong.append(f"`prepare.root` is {root!r}: it must be the path of a folder, in printable characters. Correct it.")
+    if isinstance(root, str) and is_remote(root):
+        wrong.append(
+            f"`prepare.root` is {masked(root)!r}: an address stands in `remote: {{<name>: {{url: ...}}}}`. Write "
+            "data/remote/<name> here, or `remote: <name>` beside the `path` of a source."
+        )
     return wrong
 
 
@@ -243,7 +249,8 @@ def _explained(section: type[BaseModel], keys: tuple[str, ...], errors: list[Any
         elif isinstance(error["input"], dict | BaseModel):
             what = f"`{key}`: {message}."
         else:
-            what = f"`{key}` is {error['input']!r}: {message}."
+            said_there = masked(error["input"]) if isinstance(error["input"], str) else error["input"]
+            what = f"`{key}` is {said_there!r}: {message}."
         said[key] = f"{said[key]} Or: {message}." if key in said else what
     return list(said.values())
 

@@ -45,6 +45,7 @@ PARAMS: dict[str, Any] = {
         "pool": [{"kind": "tar", "path": "pool.tar"}],
         "holdout": 0.25,
     },
+    "remote": {},  # it asks a server, and writes its list as the others write
     "search": {},
     "dedup": {},
     "models": {"small": MODEL},
@@ -103,6 +104,7 @@ class House:
         tar_of(raw / "pool.tar", {f"{i:02}.jpg": _textured(200 + i) for i in range(22)} | leaks)
         for file in ("scratch", "labels", "overrides.csv"):
             shutil.copy(ROOT / "data" / file, folder / "data" / file)
+        shutil.copytree(ROOT / "data" / "remote", folder / "data" / "remote")
         (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS, sort_keys=False))
         search.SHARD = label.SHARD = pack.SHARD = score.SHARD = 16  # so that there are finished shards to resume from
         os.environ["WINNOW_TRACKING"] = "off"
@@ -196,7 +198,7 @@ def commands() -> list[Command]:
             values |= {f"${{item.{k}}}": v for k, v in item.items()} | {f"{{{k}}}": v for k, v in item.items()}
             found.append(_command(name, key, _filled(spec.get("do", spec), values)))
     ordered: list[Command] = []
-    made = {Path("data") / file for file in ("scratch", "labels", "overrides.csv", "raw", "evaluate")}
+    made = {Path("data") / file for file in ("scratch", "labels", "overrides.csv", "raw", "remote", "evaluate")}
     while len(ordered) < len(found):
         ready = [c for c in found if c not in ordered and made.issuperset(c.ins)]
         later = [c for c in ready if c.stage != "compare"]

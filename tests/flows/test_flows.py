@@ -287,6 +287,27 @@ def test_only_what_is_stale_runs(project: Path, server: None) -> None:
     assert play(targets=["use@b"], force=True) == {"make": "Completed", "use@b": "Completed"}
 
 
+def test_a_stage_that_looks_each_time_decides_what_is_stale(project: Path, server: None) -> None:
+    tree = yaml.safe_load(DVC_YAML)
+    tree["stages"]["look"] = {
+        "cmd": "mkdir -p data && cat world > data/look && echo 1 > data/look.json",
+        "always_changed": True,
+        "outs": ["data/look"],
+        "metrics": [{"data/look.json": {"cache": False}}],
+    }
+    tree["stages"]["make"]["deps"].append("data/look")
+    (project / "dvc.yaml").write_text(yaml.safe_dump(tree))
+    (project / "world").write_text("old")
+    sh(project, "dvc", "repro", "-q")
+    made = plan.of_folder(project, [], False, [])
+    assert [(row.stage, row.by) for row in made.rows] == [("look", "not known")]
+    assert made.current == 4
+    rest = dict.fromkeys(("use@a", "use@b", "last"), "Cached")
+    assert play() == {"look": "Completed", "make": "Cached", **rest}
+    (project / "world").write_text("new")
+    assert play()["make"] == "Completed"
+
+
 def test_a_failure_holds_up_what_needs_it_and_nothing_else(project: Path, server: None) -> None:
     text = DVC_YAML.replace("cat data/made > data/use/${key}/it", "test ${key} != a && cat data/made > data/use/${key}/it")
     (project / "dvc.yaml").write_text(text)

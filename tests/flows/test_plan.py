@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import plan
+from flows import dag, plan
 from flows.dag import Dag
 from flows.plan import ABSENT, Plan, Row
 from pipeline.harness import durations
@@ -72,6 +72,18 @@ def test_a_changed_folder_of_code_is_told_by_its_files(folder: Path) -> None:
     code = {"pipeline.models.network": sha_of_old, "pipeline.models.exits": sha_of_old, "pipeline.report.page": sha_of_old}
     durations.keep(folder / ".scratch", name="teach.a", wall=1.0, cpu=1.0, code=code)
     assert why(folder, teach_a=change)["teach@a"] == "code: pipeline/models/network.py"
+
+
+def test_a_stage_that_looks_each_time_is_told_and_what_needs_it_is_taken_to_be_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"teach@a": ["always changed"]}
+    assert dag.looking(changes) == ["teach@a"]
+    assert dag.looking({"teach@a": ["always changed", {"changed outs": {"data/teach/a": "deleted"}}]}) == []
+    monkeypatch.setattr(dag, "restorable", lambda *_: dict.fromkeys(GRAPH.needs, True))
+    found = plan.looked(folder, GRAPH, list(GRAPH.needs), changes, False)
+    assert (found.todo, found.runs, found.current) == (["teach@a"], ["teach@a"], 2)
+    assert found.why["teach@a"].startswith("looks at its address anew each time")
 
 
 LONG = "distil@honest_balanced_finetune"

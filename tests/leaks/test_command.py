@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.leaks import __main__ as command
 from pipeline.store import artifact
 from tests.leaks.bench import COPY, DOUBTFUL, ORIGINALS, OTHERS, PLAIN, Bench, png
+from tests.servers import Web, serving
 from tests.tiny import folder_of, tar_of
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +77,8 @@ def test_every_kind_of_source_and_a_pattern(tmp_path: Path) -> None:
                     tar_of(at / f"{i}.tar", {name: data})
                 paths.append(at / "*.tar")
         ways.append(paths)
+    with serving(Web({f"{side}.tar": (tmp_path / "tar" / side / "x.tar").read_bytes() for side in sides})) as address:
+        assert check(*(f"{address}/{side}.tar" for side in sides)) == 2
     assert [check(*paths, image="picture") for paths in ways] == [2] * 4
 
 

@@ -24,6 +24,7 @@ from pipeline.sources.source import SourceError
 from pipeline.stages import evaluate, export
 from pipeline.store import artifact, manifest
 from pipeline.store.decode import decode
+from tests.servers import Web, serving
 from tests.tiny import CLASSES, MACHINE, encoded, folder_of, jpegs, picture, prepared, tar_of, taught
 
 pytestmark = pytest.mark.whole
@@ -158,19 +159,30 @@ def test_every_kind_of_source_gives_the_same_rows_and_loses_no_picture(
     cells = pa.array([{"bytes": FILES[name], "path": name} for name in names])
     pq.write_table(pa.table({"picture": cells}), "photos.parquet", row_group_size=10)
     Path("photos.lst").write_text("\n".join(f"photos/{name}" for name in names) + "\n")
-    ways = {
+    ways: dict[str, tuple[list[Any], list[str]]] = {
         "folder": ([folder], [f"photos/{name}" for name in names]),
         "tar": ([Path("photos.tar")], [f"photos.tar/{name}" for name in names]),
         "parquet": ([Path("photos.parquet")], [f"photos.parquet/{i:08}" for i in range(len(names))]),
         "list": ([Path("photos.lst")], [f"photos/{name}" for name in names]),
         "files": ([folder / n for n in names if n != "notes.txt"], [f"photos/{n}" for n in names if n != "notes.txt"]),
     }
-    tables = {}
-    for kind, (given, ids) in ways.items():
-        rows = predicted(model, *given, out=tmp_path / f"{kind}.parquet", image="picture", batch=64, workers=3)
-        assert [row["id"] for row in rows] == ids
-        tables[kind] = [{k: v for k, v in row.items() if k != "id"} for row in rows]
+    stored = {
+        file.name: file.read_bytes()
+        for file in (Path("photos.tar"), Path("photos.parquet"), Path("photos.lst"), folder / "b.png")
+    }
+    with serving(Web(stored)) as at:
+        far = [f"{at}/{name}" for name in ("photos.tar", "photos.parquet", "b.png")]
+        ids = [*(f"{far[0]}/{name}" for name in names), *(f"{far[1]}/{i:08}" for i in range(len(names))), far[2]]
+        ways["addresses"] = far, ids
+        tables = {}
+        for kind, (given, ids) in ways.items():
+            rows = predicted(model, *given, out=tmp_path / f"{kind}.parquet", image="picture", batch=64, workers=3)
+            assert [row["id"] for row in rows] == ids
+            tables[kind] = [{k: v for k, v in row.items() if k != "id"} for row in rows]
+        with pytest.raises(SourceError, match="a list of paths is read from a disk"):
+            predicted(model, f"{at}/photos.lst", out=tmp_path / "list.parquet")
     assert tables["folder"] == tables["tar"] == tables["parquet"] == tables["list"]
+    assert tables["addresses"] == [*tables["folder"], *tables["folder"], tables["folder"][names.index("b.png")]]
     for name, row in zip(names, tables["folder"], strict=True):
         assert (row["error"] or "").startswith(BAD.get(name, "")), name
         assert (row["error"] is None) == (name not in BAD)

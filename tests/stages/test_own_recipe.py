@@ -58,6 +58,7 @@ def test_the_recipe_for_own_photographs_runs(tmp_path: Path, monkeypatch: pytest
     for file in ("scratch", "overrides.csv"):
         Path("data").mkdir(exist_ok=True)
         shutil.copy(ROOT / "data" / file, Path("data", file))
+    shutil.copytree(ROOT / "data" / "remote", Path("data", "remote"))
     size = (56, 48)
     folder_of(Path("data/raw/labelled"), jpegs(dict.fromkeys(CLASSES, 8), size))
     folder_of(Path("data/raw/val"), jpegs(dict.fromkeys(CLASSES, 2), size, seed=1))
