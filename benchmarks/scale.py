@@ -132,6 +132,7 @@ def draw(workspace: Path, images: int) -> None:
     if raw.exists():
         return
     raw.parent.mkdir(parents=True, exist_ok=True)
+    (raw.parent / "remote").mkdir(exist_ok=True)  # what `prepare` reads; nothing lies elsewhere
     (workspace / "data" / "scratch").touch()
     (workspace / "data" / "labels").touch()
     (workspace / "data" / "overrides.csv").write_text("id,action,reason\n")
