@@ -12,14 +12,14 @@ from prefect import get_run_logger, runtime
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 
 from flows import child, dag
+from flows.adapter import dvc
 
 # Exit codes of a stage (pipeline/harness/stage.py) that no repetition will change: its own message says what to mend.
 WRONG_INPUT, DEFECT, INTERRUPTED = 2, 1, 130
 
-_EXITED = re.compile(r"failed to run: .*, exited with (-?\d+)", re.S)
 _ROOT_CAUSE = re.compile(r"Root Cause.*?exitcode *: (-?\d+)", re.S)  # torchrun's report; its own exit code is always 1
 _PROGRESS = re.compile(r"^(?P<label>.+?): (?P<n>[\d,]+) of (?P<total>[\d,]+) ")
-_BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|another process is running the stage")
+_BUSY = "another process is running the stage"  # pipeline/harness/stage.py
 
 
 class StageFailed(Exception):
@@ -43,10 +43,10 @@ class Where:
 
 def verdict(ended: child.Ended) -> StageFailed:
     """Why `dvc repro` of a stage failed, from its last lines: DVC's own exit code is always 255."""
-    exited = _ROOT_CAUSE.search(ended.text) or _EXITED.search(ended.text)
-    code = int(exited.group(1)) if exited else None
+    cause = _ROOT_CAUSE.search(ended.text)
+    code = int(cause[1]) if cause else dvc.exit_code(ended.text)
     said = next((line for line in reversed(ended.lines) if line.startswith("error: ")), "").removeprefix("error: ")
-    if _BUSY.search(ended.text):
+    if dvc.is_busy(ended.text) or _BUSY in ended.text:
         return StageFailed("another process works on this stage or waits for it", again=True)
     if code is None:  # DVC itself: killed, or out of reach of its lock, its cache, its remote
         return StageFailed(f"dvc ended with {ended.code}: {ended.lines[-1] if ended.lines else 'no word'}", again=True)
@@ -67,10 +67,8 @@ class Listener:
 
     async def hear(self, line: str) -> None:
         self.log.info(line)
-        if line.startswith(f"Running stage '{self.stage}'"):
-            self.outcome = "Completed"
-        elif line.startswith(f"Stage '{self.stage}' is cached"):
-            self.outcome = "Restored"
+        if (said := dvc.outcome(line)) and said[0] == self.stage:
+            self.outcome = said[1]
         elif progress := _PROGRESS.match(line):
             n, total = (int(progress[group].replace(",", "")) for group in ("n", "total"))
             await self.show(100 * n / max(total, 1), line)
@@ -109,8 +107,8 @@ async def repro(stage: str, where: Where) -> str:
 
 
 def why(ended: child.Ended) -> str:
-    """What DVC says of a failure: its errors, of which the last one is only a count (`3 files failed to upload`)."""
-    errors = list(dict.fromkeys(line.removeprefix("ERROR: ") for line in ended.lines if line.startswith("ERROR: ")))
+    """What DVC says of a failure: its first three errors, and the last one, which counts them."""
+    errors = dvc.errors(ended.lines)
     return "; ".join(errors[:3] + errors[3:][-1:]) or (ended.lines[-1] if ended.lines else str(ended.code))
 
 

@@ -10,6 +10,7 @@ from prefect import get_run_logger
 from prefect.artifacts import acreate_markdown_artifact
 
 from flows import child, dag, plan
+from flows.adapter.dvc import Changes
 from flows.attempt import Where, artifact_key
 
 
@@ -18,7 +19,7 @@ async def show(
     graph: dag.Dag,
     wanted: Sequence[str],
     todo: Sequence[str],
-    changes: Mapping[str, Any],
+    changes: Mapping[str, Changes],
     elsewhere: frozenset[str],
 ) -> dict[str, float]:
     """Make the plan of the stages `todo` an artifact, and say in the log what it comes to; the seconds that are expected of each.

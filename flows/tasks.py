@@ -11,9 +11,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.deployments import arun_deployment
 from prefect.states import Completed, State
-from prefect.task_engine import TaskRunTimeoutError
 
 from flows import attempt, dag, worktree
+from flows.adapter import prefect
 from flows.attempt import StageFailed, Where
 
 RETRY_SECONDS = [10.0, 60.0, 300.0]
@@ -93,11 +93,11 @@ async def run_elsewhere(stage: str, where: Where, deployment: str, limits: Mappi
 
 
 def may_retry(_: Any, __: Any, state: State) -> bool:
-    """Prefect asks after each failed attempt; `state.data` is what was raised."""
-    why = state.data
+    """Prefect asks after each failed attempt."""
+    why = prefect.raised(state)
     if isinstance(why, StageFailed):
         return why.again
-    return not isinstance(why, dag.DVCError | worktree.WorktreeError | TaskRunTimeoutError)
+    return not (prefect.timed_out(why) or isinstance(why, dag.DVCError | worktree.WorktreeError))
 
 
 def limited(what: Any, stage: str, hours: float | None, retries: int) -> Any:

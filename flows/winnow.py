@@ -92,7 +92,7 @@ async def winnow(
             above = [n for n in graph.upstream([s]) if n != s]
             await limited(run_stage_elsewhere, s, None, retries)(s, where, above, deployment, limits)
         else:
-            pull = [s] if dag.only_outputs_missing(changes.get(s, [])) else []
+            pull = [s] if changes.get(s, plan.UNCHANGED).only_missing else []
             await limited(run_stage, s, hours, retries)(s, where, pull, strict=False)
 
     began = time.monotonic()

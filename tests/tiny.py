@@ -2,13 +2,16 @@
 
 import io
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from pipeline.harness.job import Job
@@ -195,3 +198,12 @@ def scored(data: Path, teacher: Path, out: Path, m: int = 2) -> Path:
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@contextmanager
+def leaned_on(library: str, known: str, part: str) -> Iterator[None]:
+    """Have a failure say which release of `library` broke `part`, which no documentation promises. `known`: one that had it."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        pytest.fail(f"{library} {version(library)} broke what winnow leans on: {part}. {library} {known} had it.\n{error}")

@@ -1,5 +1,6 @@
 """The plan of a run in words: what changed, what that takes, and what of it is left. No DVC is asked, and no server."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from flows import plan
+from flows.adapter import dvc
 from flows.dag import Dag
 from flows.plan import ABSENT, Plan, Row
 from pipeline.harness import durations
@@ -46,7 +48,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def why(folder: Path, **changes: Any) -> dict[str, str]:
-    changed = {name.replace("_", "@"): [what] for name, what in changes.items()}
+    """`changes`: what `dvc status --json` says of a stage."""
+    changed = dvc.changes(json.dumps({name.replace("_", "@"): [what] for name, what in changes.items()}))
     stale = GRAPH.affected(changed)
     return plan.reasons(folder, GRAPH, stale, stale, changed)
 
