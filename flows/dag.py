@@ -106,9 +106,9 @@ def missing_sources(folder: Path, changes: Mapping[str, Changes]) -> list[str]:
     return [path for path, state in deps.items() if state == "deleted" and path not in made]
 
 
-def repro(stage: str, force: bool = False) -> list[str]:
-    """The command that brings one stage up to date and no other."""
-    return command("repro", "--single-item", *(["--force"] if force else []), stage)
+def repro(*stages: str, force: bool = False) -> list[str]:
+    """The command that brings these stages up to date and no others."""
+    return command("repro", "--single-item", *(["--force"] if force else []), *stages)
 
 
 def has_remote(folder: Path) -> bool:
@@ -160,10 +160,11 @@ def loose_files(folder: Path, stage: str) -> dict[str, str]:
     return {out["path"]: (folder / out["path"]).read_text() for out in outs if out["size"] <= LOOSE_FILE_BYTES}
 
 
-def adopt(folder: Path, stage: str, entry: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Take over what another machine made: its lock entry and metrics from there, its artifacts from the remote.
+def adopt(folder: Path, stage: str, entry: Mapping[str, Any], files: Mapping[str, str], how: str = "pull") -> None:
+    """Take over what another machine made: its lock entry and metrics from there, its artifacts from the remote; or, with
+    `checkout`, what was made in another folder of this one, from the cache.
 
-    Raises Unreachable if the artifacts cannot be pulled, DVCError if they do not fit the code, params and inputs of `folder`;
+    Raises Unreachable if the artifacts cannot be had, DVCError if they do not fit the code, params and inputs of `folder`;
     dvc.lock and the metrics are then as they were.
     """
     before = {path: (folder / path).read_text() if (folder / path).is_file() else None for path in files}
@@ -171,7 +172,7 @@ def adopt(folder: Path, stage: str, entry: Mapping[str, Any], files: Mapping[str
     try:
         _write(folder, files)
         try:
-            call(folder, "pull", stage)
+            call(folder, how, stage)
         except DVCError as error:
             raise Unreachable(str(error)) from None
         changes = stale(folder, [stage])

@@ -141,8 +141,8 @@ def looked(folder: Path, graph: dag.Dag, wanted: Sequence[str], changes: Mapping
     """What a run of the stages `wanted` would touch. `changes`: what `dag.stale` says of them."""
     stale = [stage for stage in wanted if force or stage in graph.affected(changes)]
     known = dvc.restorable(folder, wanted, stale) if stale and not force else {}
-    # Where all above is restored as it was, a stage whose outputs are in place is up to date.
-    untouched = {stage for stage, as_locked in known.items() if as_locked and not changes.get(stage, UNCHANGED).outs}
+    # Where all above is restored as it was, a stage that has not changed itself is up to date.
+    untouched = {stage for stage, as_locked in known.items() if as_locked and stage not in changes}
     todo = [stage for stage in stale if stage not in untouched]
     runs = [stage for stage in todo if stage not in known]
     return Looked(todo, reasons(folder, graph, todo, runs, changes, force), known.keys() & set(todo), len(wanted) - len(todo))
@@ -270,14 +270,19 @@ def estimating(stages: Sequence[str], *more: str) -> list[str]:
     return [sys.executable, "-m", "pipeline", "estimate", *stages, *more]
 
 
-def together(found: Looked, answer: Mapping[str, Any], elsewhere: Set[str] = frozenset()) -> Plan:
-    """The plan, from what DVC knows and what the estimate says. `elsewhere`: stages that another machine does."""
+def together(
+    found: Looked, answer: Mapping[str, Any], elsewhere: Set[str] = frozenset(), shared: Mapping[str, str] | None = None
+) -> Plan:
+    """The plan, from what DVC knows and what the estimate says. `elsewhere`: stages that another machine does. `shared`: those
+    that an earlier variant of the sweep does, and its name for them."""
     why = found.why
     rows = []
     for stage in found.todo:
         expected = (answer.get("stages") or {}).get(stage) or {"seconds": None, "by": "no estimate"}
         if stage in found.restored:
             rows.append(Row(stage, f"{why[stage]}; DVC has its result", RESTORING, RESTORING, "cache"))
+        elif shared and stage in shared:
+            rows.append(Row(stage, f"{why[stage]}; the same as {shared[stage]}", RESTORING, RESTORING, "cache"))
         elif stage.partition("@")[0] in elsewhere:
             rows.append(Row(stage, why[stage], None, None, "a GPU worker"))
         elif expected["seconds"] is None:

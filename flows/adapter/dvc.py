@@ -219,33 +219,43 @@ def _with_outs(entry: Mapping[str, Any], stage: Any, repo: Any) -> Any:
     return made
 
 
-def signatures(folder: Path) -> dict[str, str]:
-    """What decides the result of each stage, but for code and sources: its command, its params, and the same of all it needs.
+@dataclass(frozen=True)
+class Read:
+    """A stage as DVC has read it: the paths that it reads and that it writes into DVC's cache, and what decides its result.
 
-    Equal in two folders with the same files where params.yaml differs in nothing that the stage, or one above it, reads. Raises
-    AnotherDVC.
+    `decides`: of its command, its params, and the same of all it needs; not of code and sources. Equal in two folders with the
+    same files where params.yaml differs in nothing that the stage, or one above it, reads.
     """
+
+    deps: Sequence[str]
+    outs: Sequence[str]
+    decides: str
+
+
+def stages(folder: Path) -> dict[str, Read]:
+    """The stages of dvc.yaml in `folder`, by name. Raises AnotherDVC."""
     with leaning("`Repo.index` and `ParamsDependency`"):
         from dvc.dependency import ParamsDependency
         from dvc.repo import Repo
 
-        found: dict[str, str] = {}
+        found: dict[str, Read] = {}
         with Repo(str(folder)) as repo:
-            stages = _stages(repo)
-            maker = {out.def_path: name for name, stage in stages.items() for out in stage.outs}
+            named = _stages(repo)
+            maker = {out.def_path: name for name, stage in named.items() for out in stage.outs}
 
-            def of(name: str) -> str:
+            def read(name: str) -> Read:
                 if name not in found:
-                    stage = stages[name]
+                    stage = named[name]
                     params = [dep.read_params() for dep in stage.deps if isinstance(dep, ParamsDependency)]
-                    paths = [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
-                    above = sorted({n for path in paths for out, n in maker.items() if f"{out}/".startswith(f"{path}/")})
-                    text = json.dumps([stage.cmd, params, paths, [of(n) for n in above]], sort_keys=True, default=str)
-                    found[name] = hashlib.sha256(text.encode()).hexdigest()
+                    deps = [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
+                    above = sorted({n for dep in deps for out, n in maker.items() if f"{out}/".startswith(f"{dep}/")})
+                    decides = json.dumps([stage.cmd, params, deps, [read(n).decides for n in above]], sort_keys=True, default=str)
+                    outs = [out.def_path for out in stage.outs if out.use_cache]
+                    found[name] = Read(deps, outs, hashlib.sha256(decides.encode()).hexdigest())
                 return found[name]
 
-            for name in stages:
-                of(name)
+            for name in named:
+                read(name)
         return found
 
 

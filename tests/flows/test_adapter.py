@@ -153,20 +153,25 @@ def test_what_it_would_restore(project: Path) -> None:
         (project / "dvc.lock").write_text(lock)
 
 
-def test_what_decides_a_result(project: Path) -> None:
+def test_what_a_stage_reads_and_writes_and_what_decides_its_result(project: Path) -> None:
     params = project / "params.yaml"
     before = params.read_text()
     with part("`Repo.index` and `ParamsDependency`"):
-        now = adapter.signatures(project)
-        params.write_text(before.replace("sizes:", "# a comment\n    sizes:"))
-        assert adapter.signatures(project) == now
-        params.write_text(before.replace("- 2", "- 3"))
-        of_one = adapter.signatures(project)
-        params.write_text(before.replace("hello", "bye"))
-        of_all = adapter.signatures(project)
+        now = adapter.stages(project)
+        assert [(name, read.deps, read.outs) for name, read in now.items()] == [
+            ("first", ["source"], ["data/first"]),
+            ("second@a", ["data/first"], ["data/a"]),
+            ("second@broken", ["data/first"], ["data/broken"]),
+        ]
+        for text, differ in (
+            (before.replace("sizes:", "# a comment\n    sizes:"), []),
+            (before.replace("- 2", "- 3"), ["second@a"]),
+            (before.replace("hello", "bye"), ["first", "second@a", "second@broken"]),
+        ):
+            params.write_text(text)
+            then = adapter.stages(project)
+            assert [name for name in now if then[name].decides != now[name].decides] == differ
         params.write_text(before)
-        assert [name for name in now if of_one[name] != now[name]] == ["second@a"]
-        assert [name for name in now if of_all[name] != now[name]] == ["first", "second@a", "second@broken"]
 
 
 def test_changes_of_params(tmp_path: Path) -> None:
