@@ -18,7 +18,7 @@ from flows.variant import Variant, figures, params_of
 
 SWEEPS = Path(".scratch", "sweeps")
 EVALUATIONS = Path("data", "evaluate")
-COLUMNS = 6
+COLUMNS = 5  # that fit the page of an artifact at 1280 pixels
 
 
 def table(variants: Sequence[Variant], ended: Mapping[str, str]) -> str:
