@@ -33,6 +33,7 @@ run: $(STAMP)  ## the whole job of params.yaml: by default on scenes that winnow
 
 plan: $(STAMP)  ## what `make run` would do now, why, and for how long; ARGS="--images 14_000_000 --val 50_000 --params FILE" before there are data
 	@python -m pipeline check
+	@$(if $(findstring --images,$(ARGS)),:,python -m pipeline scan)
 	@python -m flows plan $(ARGS)
 
 test: $(STAMP) lint  ## check, and all other tests: the whole DAG on tiny images, Prefect, kills (two processes)

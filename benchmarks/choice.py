@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.purity import from_table
-from pipeline.advice import answers, forecast, purity
+from pipeline.advice import answers, forecast
 from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
+from pipeline.report import purity
+from pipeline.report.purity import Answers
 from pipeline.stages import distil, draw, prepare, score, select, teach
 from pipeline.store import manifest, scores
 
@@ -42,12 +44,12 @@ def main() -> None:
     args = parser.parse_args()
     data, machine = args.out, Machine(threads=1)
     made(args, machine)
-    pool, holdout, val = (manifest.read(data / name) for name in ("pool", "holdout", "val"))
+    pool, val = (manifest.read(data / name) for name in ("pool", "val"))
     scored = scores.open_scores(data / "score")
-    said = forecast.of_scores(scored)
-    logits = answers.logits(data / "teacher", scored.classes, holdout, machine, "holdout")
-    asked = forecast.of_logits(logits, scored.m)
-    estimate = purity.estimate(said, asked, asked.first == holdout.labels(), len(scored.classes))
+    said, held = forecast.of_scores(scored), scored.held()
+    asked = Answers.of_table(held, scored.m)
+    is_right = asked.first == held["label"].to_numpy()
+    estimate = purity.estimate(said, asked, is_right, len(scored.classes))
     truth = from_table(data / "truth" / "truth.parquet", pool.table["id"].to_pylist(), scored.classes)
     expected = forecast.selections(said, estimate.pure, len(scored.classes), args.k)
     true = forecast.selections(said, (truth == said.first).astype(float), len(scored.classes), args.k)
@@ -58,7 +60,7 @@ def main() -> None:
         top1 = accuracy(data / f"k{e.k}", val, machine)
         print(f"| the {e.k} surest | {100 * e.purity:.0f} | {100 * t.purity:.0f} | {top1:.1f} |")
     labelled = max(1, round(len(manifest.read(data / "train")) / len(scored.classes)))
-    at, verdict = forecast.chosen(expected, labelled, float(np.mean(asked.first == holdout.labels())))
+    at, verdict = forecast.chosen(expected, labelled, float(is_right.mean()))
     print(f"\nThe forecast: k = {at.k}, {verdict}.")
 
 
@@ -83,7 +85,7 @@ def made(args: argparse.Namespace, machine: Machine) -> None:
         taught = teach.Teach.model_validate({"init": "-", "model": network(32), "view": VIEW, "training": TEACHER})
         teach.run(taught, **sets, out=data / "teacher", job=job("teacher"))
     if not (data / "score").exists():
-        places = {"pool": data / "pool", "train": data / "train", "teacher": data / "teacher", "out": data / "score"}
+        places = {name: data / name for name in ("pool", "train", "holdout", "teacher")} | {"out": data / "score"}
         score.run(score.Score(teacher="-"), **places, workdir=data / "work" / "score", machine=machine)
     chosen = {"kd": data / "train"} | {f"k{k}": data / "select" / str(k) for k in args.k}
     for name, images in chosen.items():

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.purity import NONE, from_folders, from_table
-from pipeline.advice import answers, forecast, purity, selection
-from pipeline.advice.purity import Answers
-from pipeline.harness.machine import Machine
-from pipeline.stages import select
+from pipeline.advice import forecast
+from pipeline.report import purity
+from pipeline.report.purity import Answers
 from pipeline.store import artifact, manifest
+from pipeline.store.scores import of_pool
 
 PARTS = (0.02, 0.05, 0.1, 0.2, 0.4)
 
@@ -33,22 +33,19 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=15_000, help="images of a thinned pool")
     args = parser.parse_args()
     ids = manifest.read(args.data / "pool").table["id"].to_pylist()
-    holdout = manifest.read(args.data / "holdout")
     names = [f"k = {part:.0%}" for part in PARTS]
     print(f"| scores | own share | estimated | {' | '.join(names)} | the teacher's probabilities |")
     print("| --- | ---: | ---: |" + " --- |" * len(PARTS) + " --- |")
     for folder in args.scores:
-        scored = select._open(artifact.verify(folder), args.data / "pool", len(ids))
+        scored = of_pool(artifact.verify(folder), args.data / "pool", len(ids))
         classes = scored.classes
         held = from_table(args.truth, ids, classes) if args.truth else from_folders(ids, classes, args.same)
-        logits = answers.logits(selection.teacher_of(folder), classes, holdout, Machine(), "holdout")
-        asked, pool = forecast.of_logits(logits, scored.m), forecast.of_scores(scored)
+        said = scored.held()
+        asked, pool = Answers.of_table(said, scored.m), forecast.of_scores(scored)
+        is_right = asked.first == said["label"].to_numpy()
         for share in (None, *args.shares):
             rows = np.arange(len(ids)) if share is None else thinned(held, share, args.most)
-            thin = Answers(*(column[rows] for column in pool))
-            print(
-                f"| {folder.name} | {row(thin, asked, asked.first == holdout.labels(), held[rows], len(classes))} |", flush=True
-            )
+            print(f"| {folder.name} | {row(pool.take(rows), asked, is_right, held[rows], len(classes))} |", flush=True)
 
 
 def thinned(held: np.ndarray, share: float, most: int) -> np.ndarray:

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.stages import select
 from pipeline.store import artifact, manifest
-from pipeline.store.scores import LOGSUMEXP, Scores
+from pipeline.store.scores import LOGSUMEXP, Scores, of_pool
 
 NONE = -1  # the number of "no class"
 
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--same", nargs="+", default=[], metavar="FOLDER=CLASS", help="folders that mean a class")
     args = parser.parse_args()
     pool = manifest.read(args.pool)
-    scored = select._open(artifact.verify(args.scores), args.pool, len(pool))
+    scored = of_pool(artifact.verify(args.scores), args.pool, len(pool))
     classes = scored.classes
     ids = pool.table["id"].to_pylist()
     held = from_table(args.truth, ids, classes) if args.truth else from_folders(ids, classes, args.same)

@@ -27,6 +27,7 @@ from pipeline.harness.machine import Machine
 from pipeline.stages import select
 from pipeline.store import artifact, manifest, ranking, scores
 
+HELD = 500  # held-out images
 BATCH = 1 << 18
 
 
@@ -75,7 +76,9 @@ def draw(folder: Path, images: int, top: int, classes: int) -> None:
             numbers = (rng.integers(0, classes, (n, 1), dtype=np.int32) + np.cumsum(step, axis=1)) % classes
             logits = -np.sort(-rng.normal(5, 3, (n, top)).astype(np.float32), axis=1)
             logsumexp = np.log(np.exp(logits).sum(1) + 100 * rng.random(n)).astype(np.float32)
-            writer.write_table(scores.table(numbers, logits, logsumexp))
+            writer.write_table(table := scores.table(numbers, logits, logsumexp))
+        held = table.slice(0, HELD)
+        scores.write_held(tmp, held, np.where(rng.random(len(held)) < 0.8, held["class_0"].to_numpy(), 0))
 
 
 def report(folder: Path, args: argparse.Namespace) -> None:

@@ -76,10 +76,11 @@ def test_a_section_that_is_missing_is_empty_or_said_to_be_needed() -> None:
 def test_no_stage_reads_the_truth_of_the_built_in_data() -> None:
     readers = [dep for body in STAGES.values() for dep in body["deps"] if "truth" in dep]
     assert readers == []
-    sources = {
-        p.name: p.read_text() for p in (ROOT / "pipeline").rglob("*.py") if p.parent.name != "scenes" and p.name != "draw.py"
-    }
-    assert [name for name, text in sources.items() if re.search(r"scenes-truth|truth\.parquet", text)] == []
+    files = [p for p in (ROOT / "pipeline").rglob("*.py") if p.parent.name != "scenes" and p.name != "draw.py"]
+    sources = {p.relative_to(ROOT / "pipeline").as_posix(): p.read_text() for p in files}
+    assert [name for name, text in sources.items() if re.search(r"-truth|truth\.parquet", text)] == ["report/truth.py"]
+    users = [name for name, text in sources.items() if re.search(r"import .*\btruth\b|report\.truth", text)]
+    assert users == ["report/page.py"]  # the page says how pure selections were; nothing chooses by it
 
 
 def test_the_demo_recipe_is_what_a_clone_starts_with() -> None:

@@ -188,6 +188,7 @@ def scored(data: Path, teacher: Path, out: Path, m: int = 2) -> Path:
         score.Score(teacher="-", m=m),
         pool=data / "pool",
         train=data / "train",
+        holdout=data / "holdout",
         teacher=teacher,
         out=out,
         workdir=out.parent / "scratch",

@@ -63,7 +63,7 @@ def measure(images: Path, sizes: list[int], count: int, seed: int) -> str:
         start = time.process_time()
         sample = np.concatenate([bag.descriptors for bag in bags(pictures, max(1, size // 8), per_image, seed + 1)])
         parts = progress.track(bags(pictures, size, per_image, seed), None, "parts", f"speed: index of {size:,}")
-        index = VotingIndex.build(size * per_image, parts, sample)
+        index = VotingIndex.build(size * per_image, parts, sample, np.ones(size, bool))
         built = time.process_time() - start
         costs: list[tuple[float, float]] = []
         for _ in range(ROUNDS):

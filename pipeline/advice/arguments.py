@@ -10,8 +10,8 @@ nothing stale."""
 
 
 FORECAST = """Say, before a student is trained, how pure a selection of the k surest images of each class will be, which classes
-will have fewer, which k to choose, and whether SSLD is expected to gain over distilling on the labelled images alone. It asks the
-teacher about the held-out images, and reads its scores."""
+will have fewer, which k to choose, and whether SSLD is expected to gain over distilling on the labelled images alone. It reads
+what the teacher said of the pool and of the held-out images."""
 
 
 def add_forecast(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,6 @@ def add_forecast(parser: argparse.ArgumentParser) -> None:
         help="where pool, train and holdout are (default: data/dedup)",
     )
     add("--csv", type=Path, metavar="FILE", help="also write a row for each class and k")
-    add("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
 
 
 def add_gallery(parser: argparse.ArgumentParser) -> None:

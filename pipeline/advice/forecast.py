@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 
-from pipeline.advice import answers, purity, selection
-from pipeline.advice.purity import Answers
+from pipeline.advice import selection
 from pipeline.errors import UserError
-from pipeline.harness.machine import Machine
-from pipeline.stages import select
+from pipeline.report import purity
+from pipeline.report.purity import Answers
 from pipeline.store import artifact, manifest
-from pipeline.store.scores import LOGSUMEXP, Scores, names_of
+from pipeline.store.scores import Scores, of_pool
 
 PURE, DOUBTFUL = 0.8, 0.7
 """The expected purity, of a selection with at least as many images of each class as are labelled, from which SSLD is expected to
@@ -46,40 +46,31 @@ class At(NamedTuple):
 
 def run(args: argparse.Namespace) -> str:
     """The forecast as text. Raises UserError for what cannot be used."""
-    machine = Machine(device=args.device)
     teacher = selection.teacher_of(artifact.verify(args.scores))
-    scored = select._open(args.scores, args.data / "pool", len(manifest.read(args.data / "pool")))
-    train, holdout = (manifest.read(args.data / name) for name in ("train", "holdout"))
-    if len(holdout) < 2 * purity.FOLDS:
-        raise UserError(f"{args.data / 'holdout'} has {len(holdout)} images: too few to say anything. Raise `prepare.holdout`.")
+    scored = of_pool(args.scores, args.data / "pool", len(manifest.read(args.data / "pool")))
+    held, train = scored.held(), manifest.read(args.data / "train")
+    if len(held) < 2 * purity.FOLDS:
+        raise UserError(f"the scores have {len(held)} held-out images: too few to say anything. Raise `prepare.holdout`.")
+    if scored.m < 2:
+        raise UserError(f"{args.scores} holds one class of each image: how far the second stands behind is needed. Raise `m`.")
     classes = scored.classes
-    logits, labels = answers.logits(teacher, classes, holdout, machine, "holdout"), holdout.labels()
-    pool, held = of_scores(scored), of_logits(logits, scored.m)
-    is_right = held.first == labels
-    estimate = purity.estimate(pool, held, is_right, len(classes))
+    pool, asked = of_scores(scored), Answers.of_table(held, scored.m)
+    is_right = asked.first == held["label"].to_numpy()
+    estimate = purity.estimate(pool, asked, is_right, len(classes))
     labelled = max(1, round(len(train) / len(classes)))
     found = selections(pool, estimate.pure, len(classes), args.k or ladder(np.bincount(pool.first).max()))
     if args.csv:
         _write(args.csv, found, classes)
     head = (
-        f"{len(pool.first):,} images of the pool, scored by {teacher}, which names {is_right.mean():.1%} of {len(holdout):,} "
+        f"{len(pool.first):,} images of the pool, scored by {teacher}, which names {is_right.mean():.1%} of {len(held):,} "
         f"held-out images right.\nAbout {estimate.share:.0%} of the pool seem to belong to one of the {len(classes):,} classes.\n"
     )
-    return "\n".join([head, table(found), "", *advice(found, labelled, float(is_right.mean()), classes, len(holdout))])
+    return "\n".join([head, table(found), "", *advice(found, labelled, float(is_right.mean()), classes, len(held))])
 
 
 def of_scores(scored: Scores) -> Answers:
     """What the teacher says of the pool."""
-    first = scored.matrix(names_of("class", 1))[:, 0].astype(np.int64)
-    return Answers(scored.matrix(names_of("logit", scored.m)), first, scored.matrix([LOGSUMEXP])[:, 0])
-
-
-def of_logits(logits: np.ndarray, m: int) -> Answers:
-    """The same of (N, C) logits: as much as scores keep of an image."""
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :m]
-    highest = logits.max(1)
-    logsumexp = highest + np.log(np.exp(logits - highest[:, None]).sum(1))
-    return Answers(np.take_along_axis(logits, order, 1), order[:, 0], logsumexp)
+    return Answers.of_table(pq.read_table(scored.file), scored.m)
 
 
 def ladder(largest: int) -> list[int]:

@@ -10,12 +10,11 @@ import pyarrow.compute as pc
 
 from pipeline.errors import UserError
 from pipeline.harness.machine import Machine
-from pipeline.stages import select
 from pipeline.stages.select import Select
 from pipeline.store import artifact, manifest
 from pipeline.store.manifest import Manifest
 from pipeline.store.ranking import Taken, ranked, shared_out
-from pipeline.store.scores import LOGSUMEXP, Scores, names_of
+from pipeline.store.scores import LOGSUMEXP, Scores, names_of, of_pool
 
 
 class Selection(NamedTuple):
@@ -45,7 +44,7 @@ def opened(folder: Path) -> Selection:
         raise UserError(f"{folder} is no selection: name what `select` has made (data/select/<entry>).")
     scores, pool = (_unchanged(folder, record["inputs"][name]) for name in ("scores", "pool"))
     images = manifest.read(pool)
-    scored = select._open(artifact.verify(scores), pool, len(images))
+    scored = of_pool(artifact.verify(scores), pool, len(images))
     places = pc.index_in(selected.table["id"], value_set=images.table["id"]).combine_chunks()
     return Selection(Select.model_validate(record["params"]), images, scored, np.asarray(places, np.int64), teacher_of(scores))
 
@@ -71,7 +70,7 @@ def ranks(of: Selection, beyond: int, machine: Machine) -> list[Ranks]:
     A class of the rules `balanced`, `random` and `all` has the images whose first class it is.
     """
     params, scored = of.params, of.scored
-    members, until = select._members(params, scored), params.skip + params.k
+    members, until = params.members(scored), params.skip + params.k
     if params.rule in ("top", "band"):
         with tempfile.TemporaryDirectory() as temp:
             pairs, _ = ranked(scored, members, until + beyond, Path(temp), machine.cores(machine.threads), machine.memory_gb)

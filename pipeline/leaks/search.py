@@ -242,6 +242,10 @@ class Pictures:
         owner = np.repeat(np.arange(len(starts) - 1, dtype=np.int32) + shard * SHARD, np.diff(starts))
         return features.Bag(owner, file.get_tensor("points"), file.get_tensor("descriptors"))
 
+    def large(self, shard: int) -> np.ndarray:
+        """(n,) bool: the images of a shard that have at least `features.LOOK` pixels."""
+        return np.asarray(self._shard(shard)[3].max(1) >= features.LOOK)
+
     def features(self) -> int:
         """How many there are in all."""
         return sum(self._shard(shard)[1][-1] for shard in self.shards())
@@ -289,7 +293,8 @@ def _build_index(described: Pictures, out: Path) -> None:
     shards = described.shards()
     spread = list(shards)[:: max(1, len(shards) // TRAIN_SHARDS)]
     sample = np.concatenate([np.zeros((0, 128), np.uint8), *(described.bag(shard).descriptors for shard in spread)])
-    index = VotingIndex.build(described.features(), map(described.bag, shards), sample)
+    large = np.concatenate([np.zeros(0, bool), *map(described.large, shards)])
+    index = VotingIndex.build(described.features(), map(described.bag, shards), sample, large)
     with artifact.writing(out) as tmp:
         index.save(tmp)
 
@@ -326,7 +331,8 @@ def findings(
     rows: list[Row] = []
     for batch in _batches(pictures):
         queries = features.bag([picture.features if picture else features.NO_FEATURES for picture in batch])
-        candidates = index.shortlist(queries, np.arange(first, first + len(batch)) if itself else None)
+        large = np.array([picture is not None and picture.detail >= features.LOOK for picture in batch])
+        candidates = index.shortlist(queries, np.arange(first, first + len(batch)) if itself else None, large)
         found = verified(batch, candidates, reference)
         for i, picture in enumerate(batch):
             if picture is None or len(picture.features) < features.VERIFIABLE:

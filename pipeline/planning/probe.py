@@ -41,10 +41,10 @@ from pipeline.stages.prepare import Prepare
 from pipeline.stages.self_distil import objective
 from pipeline.store import decode, manifest
 
-SECONDS = 1.5
+SECONDS = 0.7
 """How long a kind is measured."""
 SAMPLE = 48  # images
-REFERENCE = 24  # of them, in the index that the others are searched in
+FEATURES, JITTER = 30_000, 14  # of made-up images in an index, and how far their descriptors are from real ones
 STEPS = 4  # at least, of a training; the first is not counted
 AFFORDED = 3e10
 """Multiply-accumulates of a measured batch on a CPU, forward passes: of a larger network fewer images are measured at a time."""
@@ -126,6 +126,7 @@ class Prober:
 
     def _alone(self, work: Callable[[Any], object], items: Sequence[Any], units: int = 1) -> Rate:
         """One thread, whose work processes share in the stage, as well as SIFT's can be shared."""
+        work(items[0])  # what a process does once is no part of an item
         timer, done = Timer(), 0
         for item in itertools.cycle(items):
             work(item)
@@ -195,14 +196,26 @@ class Prober:
         return [features.extract(image) for image in self.pixels]
 
     @cached_property
+    def large(self) -> np.ndarray:
+        """(images,) bool"""
+        return np.array([picture.detail >= features.LOOK for picture in self.described])
+
+    @cached_property
     def searched(self) -> tuple[VotingIndex, Rate, int]:
-        """An index of some images as large as one that is compressed, what an entry of it took, and how many it has."""
-        bag = features.bag([picture.features for picture in self.described[:REFERENCE]])
-        again = max(1, -(-12_000 // max(1, len(bag.owner))))  # beyond EXACT entries
-        bags = [bag] * again
-        sample = np.concatenate([np.tile(bag.descriptors, (again, 1)), np.zeros((1, 128), np.uint8)])
-        timer, count = Timer(), again * len(bag.owner)
-        index = VotingIndex.build(count, bags, sample)
+        """An index of made-up images, large enough to be compressed, what an entry of it took, and how many it has.
+
+        They have the features of real ones, jittered and thrown together: in an index of a few images any two look alike.
+        """
+        real, random = features.bag([picture.features for picture in self.described]), np.random.default_rng(0)
+        count = FEATURES if len(real.owner) else 0
+        rows = random.integers(max(1, len(real.owner)), size=count)
+        jittered = real.descriptors[rows] + random.normal(0, JITTER, (count, 128)).astype(np.float32)
+        descriptors = np.clip(jittered, 0, 255).astype(np.uint8)
+        owner = (np.arange(count) // (ENTRIES // 2)).astype(np.int32)
+        bag = features.Bag(owner, real.points[random.permutation(rows)], descriptors)
+        timer = Timer()
+        large = np.full(count, self.large.all())
+        index = VotingIndex.build(count, [bag], np.concatenate([descriptors, np.zeros((1, 128), np.uint8)]), large)
         return index, timer.rate(max(1, 2 * count)), 2 * count
 
     def _index(self) -> Rate:
@@ -210,12 +223,8 @@ class Prober:
 
     def _vote(self) -> Rate:
         index, _, entries = self.searched
-        queries = self.described[REFERENCE:] or self.described
-
-        def one(batch: list[features.Picture]) -> None:
-            search.findings(iter(batch), index, self.described)
-
-        rate = self._alone(one, [queries], len(queries))
+        queries = features.bag([picture.features for picture in self.described])
+        rate = self._alone(lambda bag: index.shortlist(bag, None, self.large), [queries], len(self.described))
         unit = votes(max(entries, ENTRIES))
         return Rate(rate.wall / unit, rate.cpu / unit)
 
@@ -323,12 +332,21 @@ class Prober:
     # Processes ---------------------------------------------------------------------------------------------------------
 
     def _start(self, torch: bool, trains: bool) -> Rate:
-        modules = "pipeline.stages.teach" if torch else "pipeline.stages.search"
-        modules += ", torch._dynamo" if trains else ""  # which optimisers import when they are made
-        code = f"import {modules}, resource as r; u = r.getrusage(r.RUSAGE_SELF); print(u.ru_utime + u.ru_stime)"
-        began = time.perf_counter()
-        said = subprocess.run([*PYTHON, code], capture_output=True, text=True, check=True).stdout
-        return Rate(time.perf_counter() - began, float(said))
+        return self._starts[int(trains)] if torch else _started("pipeline.stages.search")[0]
+
+    @cached_property
+    def _starts(self) -> list[Rate]:
+        """With torch, and with what optimisers import beside it when they are made; of one process, as this takes seconds."""
+        return _started("pipeline.stages.teach", "torch._dynamo")
+
+
+def _started(*modules: str) -> list[Rate]:
+    """What it takes to start Python and to have imported each of the modules, one after the other."""
+    told = "u = resource.getrusage(resource.RUSAGE_SELF); print(time.time(), u.ru_utime + u.ru_stime)"
+    code = "; ".join(["import resource, time", *(f"import {module}; {told}" for module in modules)])
+    began = time.time()
+    said = subprocess.run([*PYTHON, code], capture_output=True, text=True, check=True).stdout
+    return [Rate(float(now) - began, float(cpu)) for now, cpu in map(str.split, said.splitlines())]
 
 
 class Enough(Exception):

@@ -46,7 +46,6 @@ ASSUMED = {
     "rows": 2e-6,  # seconds a row of a table that is read, ranked and written
     "described": 0.8e-3,  # seconds an image of the gallery
     "answers": 1.6,  # a network is read, and its first batch
-    "macs": 1.2,  # to count the multiply-accumulates of a network: imports, most of it
 }
 """Seconds of one core that are not probed, measured on 2 cores of a shared AMD EPYC."""
 
@@ -297,7 +296,6 @@ def _trained(facts: Facts, net: Net, loss: str, images: int, canvas: int, whole:
         (step, training.steps),
         (kind("decode", side=net.input.side, whole=False), held_out),
         (_forward(net, facts), min(CHECKS, training.steps) * held_out),
-        _assumed("macs", 0.5),
     ]
 
 
@@ -387,9 +385,10 @@ def _ensemble(facts: Facts) -> Parts:
 
 def _score(facts: Facts) -> Parts:
     net = facts.recipe.net(getattr(facts.params, "teacher"))  # noqa: B009 - a field of Score
-    images = facts.rows["pool"]
+    pool = facts.rows["pool"]
+    images = pool + facts.rows["holdout"]
     decoding = (kind("decode", side=net.input.side, whole=False), images)
-    return [decoding, (_forward(net, facts), images), _assumed("answers"), _assumed("macs"), _assumed("rows", 2 * images)]
+    return [decoding, (_forward(net, facts), images), _assumed("answers"), _assumed("rows", 2 * pool)]
 
 
 def _select(facts: Facts) -> Parts:
@@ -412,7 +411,6 @@ def _label(facts: Facts) -> Parts:
         (kind("view", view=p.view.model_dump(mode="json"), size=net.input.size, canvas=canvas), images * p.views),
         (_forward(net, facts), images * p.views),
         _assumed("answers"),
-        _assumed("macs"),
         _assumed("rows", 2 * images * p.views),
     ]
 
@@ -430,7 +428,6 @@ def _evaluate(facts: Facts) -> Parts:
         (kind("decode", side=side, whole=False), images),
         (answers, passes * images),
         _assumed("answers"),
-        _assumed("macs", 3 if exits else 1),
     ]
     if p.corruptions:
         worse = images * len(corruptions.CORRUPTIONS) * len(corruptions.SEVERITIES)
@@ -442,7 +439,7 @@ def _evaluate(facts: Facts) -> Parts:
 
 
 def _export(facts: Facts) -> Parts:
-    return [_assumed("export"), _assumed("macs")]
+    return [_assumed("export")]
 
 
 def _compare(facts: Facts) -> Parts:

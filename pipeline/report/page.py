@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.report import dag, sentences
+from pipeline.report import dag, sentences, truth
 from pipeline.report.choice import RULE
 from pipeline.report.comparison import Comparison
 from pipeline.report.entries import Entry
@@ -183,12 +183,17 @@ def _card(steps: Sequence["Step"], data: Path, licence: str | None) -> list[tupl
                     "review; the evidence lies in data/dedup/leaks",
                 )
             )
+    hidden = truth.of_root(str(runs["prepare"][0].params.get("root"))) if "prepare" in runs else None
     for run in runs.get("select", []):
         rule, taken = run.params.get("rule"), run.metrics.get("images")
-        short = f", {run.metrics['classes_short']:,} classes short" if run.metrics.get("classes_short") else ""
-        lines.append(
-            (f"selection {run.name}", f"{taken:,} images by the rule {rule}{short}" if isinstance(taken, int) else str(rule))
-        )
+        told = [f"{taken:,} images by the rule {rule}" if isinstance(taken, int) else str(rule)]
+        if run.metrics.get("classes_short"):
+            told.append(f"{run.metrics['classes_short']:,} classes short")
+        if (expected := run.metrics.get("expected_purity")) is not None:
+            told.append(f"expected to be {expected:.0%} pure")
+        if hidden and (found := truth.purity(data / "select" / run.name, hidden)) is not None:
+            told.append(f"by the hidden labels {found:.0%}")
+        lines.append((f"selection {run.name}", ", ".join(told)))
     lines.append(("licence", licence or "not said (`compare.licence`)"))
     return lines
 

@@ -1,4 +1,4 @@
-"""Let a teacher look at every image of the pool: its m best classes, with float32 logits."""
+"""Let a teacher look at every image of the pool, and at the held-out ones: its m best classes, with float32 logits."""
 
 import functools
 from dataclasses import dataclass
@@ -30,8 +30,11 @@ class Score(Section):
     """How many classes to keep of each image, the best; at most all."""
 
 
-def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, workdir: Path, machine: Machine) -> stage.Metrics:
-    """Write the scores of the pool's images, row for row its manifest (`pipeline.store.scores` has the format).
+def run(
+    params: Score, *, pool: Path, train: Path, holdout: Path, teacher: Path, out: Path, workdir: Path, machine: Machine
+) -> stage.Metrics:
+    """Write the scores of the pool's images, row for row its manifest, and of the held-out ones (`pipeline.store.scores` has the
+    format).
 
     Shards that a killed run has finished are not scored again. Raises CheckpointError if the teacher's classes are not the
     training set's.
@@ -46,7 +49,9 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, wor
         )
     folders = shards.finished(scoring, count, SHARD, workdir, machine.executor, "images", "scoring")
     sure = 0.0
-    artifact.spent(count * architectures.macs(model, input_spec.size))
+    held = manifest.read(holdout)
+    artifact.spent((count + len(held)) * architectures.macs(model, input_spec.size))
+    seen = inputs.OnDisk(held, input_spec.side, machine.cores(machine.workers))
     with (
         artifact.writing(out) as tmp,
         scores.writer(tmp, scoring.stored, classes, scoring.pool_identity, on.precision) as writer,
@@ -56,6 +61,7 @@ def run(params: Score, *, pool: Path, train: Path, teacher: Path, out: Path, wor
             top = np.exp(table["logit_0"].to_numpy() - table[scores.LOGSUMEXP].to_numpy())
             sure += float(top.sum(dtype=np.float64))
             writer.write_table(table)
+        scores.write_held(tmp, _scores(model, seen, input_spec, on, np.arange(len(held)), scoring.stored), held.labels())
     return {"images": count, "classes": len(classes), "mean_top_probability": sure / count}
 
 
@@ -99,6 +105,8 @@ def _opened(scoring: Scoring) -> tuple[nn.Module, inputs.Pixels, inputs.Input, d
 def _scores(
     model: nn.Module, pixels: inputs.Pixels, input_spec: inputs.Input, on: device.Device, rows: np.ndarray, m: int
 ) -> pa.Table:
+    if not len(rows):
+        return scores.schema(m).empty_table()
     logits = torch.cat([batch for _, batch in prediction.logits(model, pixels, input_spec, on, rows)])
     best, order = logits.sort(dim=1, descending=True, stable=True)  # stable: of equal logits the lower class first
     return scores.table(order[:, :m].numpy(), best[:, :m].numpy(), logits.logsumexp(1).numpy())

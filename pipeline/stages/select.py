@@ -12,16 +12,22 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from pipeline.errors import UserError
 from pipeline.harness import stage
 from pipeline.harness.machine import Machine
+from pipeline.report import purity
+from pipeline.report.purity import Answers
 from pipeline.store import artifact, manifest
 from pipeline.store.params import MadeScores, Section
 from pipeline.store.ranking import Taken, ranked, shared_out
-from pipeline.store.scores import Scores, names_of, open_scores
+from pipeline.store.scores import Scores, names_of, of_pool
 
 SELECTION = "selection.json"
 LARGEST = 999_999
 """The largest number of images that DuckDB keeps of a class."""
 NAMED = 20
 """Short classes named on the terminal; the metrics and selection.json name all."""
+LOOKED_AT = 256
+"""Images of a class, spread evenly over its ranks, whose purity is estimated."""
+IMPURE = 0.7
+"""Classes of a lower expected purity are named in the metrics."""
 
 
 class Select(Section):
@@ -56,6 +62,15 @@ class Select(Section):
             raise ValueError(f"`skip` and `k` together may be {LARGEST:,} at most")
         return self
 
+    def members(self, scored: Scores) -> int:
+        """How many of an image's classes, from its first, may take it. Raises UserError if its scores hold fewer."""
+        if self.membership == "top_p" and self.p > scored.m:
+            raise UserError(
+                f"`select`: `p` is {self.p}, but {scored.file.parent} holds the first {scored.m} classes of each image only. "
+                f"Lower `p` to {scored.m}, or let `score` store more."
+            )
+        return {"argmax": 1, "top_p": self.p, "any": scored.m}[self.membership]
+
 
 def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workdir: Path, machine: Machine) -> stage.Metrics:
     """Keep the pool images that the teacher is surest of, the same number of each class.
@@ -68,11 +83,11 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workd
     The result does not depend on threads, memory or row groups. Raises UserError if the scores are of another pool.
     """
     images = manifest.count(pool)
-    scored = _open(artifact.verify(scores), pool, images)
+    scored = of_pool(artifact.verify(scores), pool, images)
     classes = scored.classes
     rows = np.arange(images) if params.rule == "all" else np.empty(0, np.int64)
     if params.rule != "all":
-        members = _members(params, scored)
+        members = params.members(scored)
         if params.several or members == 1:
             taken, available = ranked(
                 scored, members, params.skip + params.k, workdir / "duckdb", machine.cores(machine.threads), machine.memory_gb
@@ -101,12 +116,48 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workd
         "in_several_classes": int((np.bincount(taken.images) > 1).sum()),
         "classes_short": len(short),
         "short": short,
+        **_expected(params, scored, taken, per_class),
     }
     with artifact.writing(out) as tmp:
         _write(tmp, pool, rows, classes)
         selection = {**params.model_dump(), **metrics, "classes": per_class}
         (tmp / SELECTION).write_text(json.dumps(selection, indent=1) + "\n")
     return metrics
+
+
+def _expected(params: Select, scored: Scores, taken: Taken, per_class: list[dict[str, Any]]) -> dict[str, Any]:
+    """The expected purity of the selection, and the impure classes; nothing where images are taken by other classes than their
+    first, or held-out images are too few to tell."""
+    held, m = scored.held(), scored.m
+    if params.membership != "argmax" or len(held) < 2 * purity.FOLDS or m < 2 or not len(taken.images):
+        return {}
+    sample, looked_at = purity.sample(scored.rows), _spread(taken)
+    rows = np.union1d(sample, looked_at.images)
+    said = Answers.of_table(scored.rows_of(rows), m)
+    learned = purity.learn(
+        said.take(np.searchsorted(rows, sample)),
+        Answers.of_table(held, m),
+        held["class_0"].to_numpy() == held["label"].to_numpy(),
+        len(scored.classes),
+    )
+    pure = learned.of(said.take(np.searchsorted(rows, looked_at.images))).pure
+    counts = np.bincount(looked_at.classes, minlength=len(per_class))
+    shares = np.bincount(looked_at.classes, pure, len(per_class)) / np.maximum(counts, 1)
+    images = np.array([c["taken"] for c in per_class])
+    least = [c for c in np.argsort(shares, kind="stable") if counts[c] and shares[c] < IMPURE]
+    impure = {per_class[c]["class"]: float(shares[c]) for c in least}
+    return {"expected_purity": float((shares * images).sum() / images.sum()), "impure": impure}
+
+
+def _spread(taken: Taken) -> Taken:
+    """Of each class LOOKED_AT of its images at most, spread evenly over its ranks."""
+    order = np.lexsort((taken.images, taken.surprisals, taken.classes))
+    classes = taken.classes[order]
+    first, last = np.searchsorted(classes, classes), np.searchsorted(classes, classes, "right")
+    count, place = last - first, np.arange(len(classes)) - first
+    steps = np.minimum(count, LOOKED_AT)
+    kept = (place * steps) // count != ((place - 1) * steps) // count  # the first place of each step
+    return Taken(*(column[order[kept]] for column in taken))
 
 
 def _write(folder: Path, pool: Path, rows: np.ndarray, classes: tuple[str, ...]) -> None:
@@ -118,29 +169,6 @@ def _write(folder: Path, pool: Path, rows: np.ndarray, classes: tuple[str, ...])
             first += len(group)
             chosen = group.drop("label").take(pa.array(rows[start:end] - (first - len(group))))
             writer.add(chosen.append_column("label", pa.nulls(len(chosen), pa.int32())))
-
-
-def _open(scores: Path, pool: Path, images: int) -> Scores:
-    """Raises UserError unless the scores' rows are the images of `pool`."""
-    scored = open_scores(scores)
-    if scored.manifest != artifact.identity(pool) or scored.rows != images:
-        raise UserError(
-            f"{scores} holds the scores of another manifest than {pool}, so its rows are other images. "
-            "Run `dvc repro`, which scores the pool that is there now."
-        )
-    if not images:
-        raise UserError(f"{pool} has no image to select from. Name more sources under `prepare.pool`.")
-    return scored
-
-
-def _members(params: Select, scored: Scores) -> int:
-    """How many of an image's classes, from its first, it may be taken by."""
-    if params.membership == "top_p" and params.p > scored.m:
-        raise UserError(
-            f"`select`: `p` is {params.p}, but {scored.file.parent} holds the first {scored.m} classes of each image only. "
-            f"Lower `p` to {scored.m}, or let `score` store more."
-        )
-    return {"argmax": 1, "top_p": params.p, "any": scored.m}[params.membership]
 
 
 def _balanced(first: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""The format of scores: what a teacher says of each image of a manifest, row for row, as `score` writes it.
+"""The format of scores: what a teacher says of each image of the pool, row for row its manifest, and of the held-out images, as
+`score` writes it.
 
 `class_0`, `class_1`, ... (uint16) are the best classes of an image, the best first, `logit_0`, ... (float32) their logits, and
 `logsumexp` (float32) is that of all its logits: logit - logsumexp is a log-probability. It still tells images apart whose
@@ -14,7 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FILE, LOGSUMEXP = "scores.parquet", "logsumexp"
+from pipeline.errors import UserError
+from pipeline.store import artifact
+
+FILE, HELD, LOGSUMEXP = "scores.parquet", "holdout.parquet", "logsumexp"
 
 
 def names_of(kind: str, m: int) -> list[str]:
@@ -44,6 +48,11 @@ def writer(folder: Path, m: int, classes: Sequence[str], manifest: str, precisio
     return pq.ParquetWriter(folder / FILE, schema(m).with_metadata(about), compression="zstd")
 
 
+def write_held(folder: Path, said: pa.Table, labels: np.ndarray) -> None:
+    """Scores of the (n,) held-out images, with their labels, into the artifact being made at `folder`."""
+    pq.write_table(said.append_column("label", pa.array(labels, pa.int32())), folder / HELD, compression="zstd")
+
+
 class Scores(NamedTuple):
     """What stands beside the rows: the teacher's classes, the identity of the manifest, and how many classes an image has."""
 
@@ -57,6 +66,37 @@ class Scores(NamedTuple):
         """(N, len(columns))"""
         stored = pq.read_table(self.file, columns=columns)
         return np.stack([stored[name].to_numpy() for name in columns], axis=1)
+
+    def rows_of(self, chosen: np.ndarray) -> pa.Table:
+        """All columns of some images, ascending row numbers: one row group is in memory at a time."""
+        file, parts, first = pq.ParquetFile(self.file), [schema(self.m).empty_table()], 0
+        for group in range(file.num_row_groups):
+            last = first + file.metadata.row_group(group).num_rows
+            start, end = np.searchsorted(chosen, (first, last))
+            if start < end:
+                parts.append(file.read_row_group(group).replace_schema_metadata().take(pa.array(chosen[start:end] - first)))
+            first = last
+        return pa.concat_tables(parts)
+
+    def held(self) -> pa.Table:
+        """What the teacher says of the held-out images, and their labels. Raises UserError for scores of before it was asked."""
+        file = self.file.with_name(HELD)
+        if not file.exists():
+            raise UserError(f"{self.file.parent} says nothing of the held-out images: `dvc repro` makes these scores anew.")
+        return pq.read_table(file)
+
+
+def of_pool(folder: Path, pool: Path, images: int) -> Scores:
+    """The scores in `folder`. Raises UserError unless their rows are the `images` images of the manifest `pool`."""
+    scored = open_scores(folder)
+    if scored.manifest != artifact.identity(pool) or scored.rows != images:
+        raise UserError(
+            f"{folder} holds the scores of another manifest than {pool}, so its rows are other images. "
+            "Run `dvc repro`, which scores the pool that is there now."
+        )
+    if not images:
+        raise UserError(f"{pool} has no image to select from. Name more sources under `prepare.pool`.")
+    return scored
 
 
 def open_scores(folder: Path) -> Scores:

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.advice import arguments, forecast, purity
+from pipeline.advice import arguments, forecast
 from pipeline.advice.forecast import At, chosen
-from pipeline.advice.purity import Answers
 from pipeline.errors import UserError
-from pipeline.store import artifact
+from pipeline.report import purity
+from pipeline.report.purity import Answers
+from pipeline.store import artifact, scores
 from tests.tiny import CLASSES, prepared, scored, taught
 
 C = 4
@@ -23,7 +24,9 @@ def answers(rng: np.random.Generator, own: int, foreign: int) -> tuple[Answers, 
     logits = rng.normal(0, 1, (own + foreign, C))
     logits[np.arange(own), labels[:own]] += rng.normal(4, 1.5, own)
     logits[own:] += rng.normal(0.8, 0.8, (foreign, C)) * (rng.integers(0, C, foreign)[:, None] == np.arange(C))
-    return forecast.of_logits(logits.astype(np.float32), C), labels
+    order = np.argsort(-logits, axis=1)
+    best = np.take_along_axis(logits, order, 1).astype(np.float32)
+    return Answers.of_table(scores.table(order, best, np.log(np.exp(best).sum(1))), C), labels
 
 
 @pytest.mark.parametrize("own", [1500, 3000, 5000])
@@ -44,16 +47,6 @@ def test_expected_purity_is_near_the_true_one_whatever_the_share_of_foreign_imag
 def true_of(pool: Answers, truth: np.ndarray, c: int, k: int) -> float:
     rows = np.flatnonzero(pool.first == c)
     return float((truth[rows[np.argsort(-pool.log_p()[rows], kind="stable")[:k]]] == c).mean())
-
-
-def test_logits_become_what_scores_keep() -> None:
-    logits = np.random.default_rng(0).normal(0, 3, (50, 6)).astype(np.float32)
-    found = forecast.of_logits(logits, 3)
-    p = np.exp(logits.astype(np.float64))
-    p /= p.sum(1, keepdims=True)
-    assert np.exp(found.log_p()) == pytest.approx(p.max(1), rel=1e-4)
-    assert (found.first == p.argmax(1)).all()
-    assert (found.logits == -np.sort(-logits, 1)[:, :3]).all()
 
 
 def test_logistic_finds_the_minimum_of_its_loss() -> None:
@@ -102,7 +95,7 @@ def test_the_command_tells_and_writes_it(tmp_path: Path) -> None:
     artifact.provenance.reset(token)
     parser = argparse.ArgumentParser()
     arguments.add_forecast(parser)
-    given = ["--data", str(data), "--device", "cpu"]
+    given = ["--data", str(data)]
     text = forecast.run(parser.parse_args([str(data / "score"), "--k", "50", "5", *given, "--csv", str(tmp_path / "f.csv")]))
     assert "60 images of the pool, scored by " in text
     assert "36 held-out images are few" in text

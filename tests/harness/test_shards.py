@@ -108,7 +108,8 @@ def test_score_label_and_pack_give_the_same_bytes_on_a_cluster(
     for name, machine in (("here", MACHINE), ("there", MACHINE.model_copy(update={"executor": cluster}))):
         made = tmp_path / name
         labelled = {"train": data / "train", "teacher": teacher}
-        score.run(scoring, pool=data / "pool", **labelled, out=made / "score", workdir=made / "s1", machine=machine)
+        held = data / "holdout"
+        score.run(scoring, pool=data / "pool", holdout=held, **labelled, out=made / "score", workdir=made / "s1", machine=machine)
         label.run(labelling, chosen=data / "pool", **labelled, out=made / "label", seed=0, workdir=made / "s2", machine=machine)
         monkeypatch.chdir(made)
         outs = {"out": Path("pack"), "tars_out": Path("tars")}

@@ -17,7 +17,7 @@ Found = set[tuple[int, int]]
 
 def index_of(gallery: Sequence[features.Picture]) -> VotingIndex:
     bag = features.bag([picture.features for picture in gallery])
-    return VotingIndex.build(len(bag.owner), [bag], bag.descriptors)
+    return VotingIndex.build(len(bag.owner), [bag], bag.descriptors, np.ones(len(gallery), bool))
 
 
 def verdict(a: features.Picture, b: features.Picture, mirror: bool = False) -> Verdict:
@@ -145,6 +145,41 @@ def test_the_compressed_index_finds_the_same(originals: list[np.ndarray], monkey
     assert "IVF" in type(compressed.index).__name__ or compressed.index.chain.size() > 0
     compressed.save(tmp_path)
     assert removed(VotingIndex.load(tmp_path), gallery, queries) == exact == {(i, i) for i in range(6)}
+
+
+def test_most_features_of_an_image_that_is_no_copy_are_not_searched_for(
+    originals: list[np.ndarray], gallery: list[features.Picture], monkeypatch: pytest.MonkeyPatch
+):
+    copied = [features.extract(COPIES[name](originals[i])) for i, name in enumerate(list(COPIES)[:3])]
+    bag = features.bag([picture.features for picture in [*copied, *(features.extract(photograph(s)) for s in range(300, 306))]])
+    monkeypatch.setattr(index, "EXACT", 0)
+    monkeypatch.setattr(index, "HINT", 5)  # among nine images two votes are of one accord by chance
+    compressed = index_of(gallery)
+    asked: list[int] = []
+    search_for = compressed.index.search
+
+    def counted(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(len(x))
+        return tuple(search_for(x, k))
+
+    compressed.index.search = counted
+    found = compressed.shortlist(bag, None, np.ones(9, bool))
+    early, late = asked
+    assert early == -(-np.bincount(bag.owner) // index.EVERY).sum()
+    assert 0 < late < 0.5 * (len(bag.owner) - early)
+    monkeypatch.setattr(index, "EXACT", 10**9)  # all at once
+    whole = compressed.shortlist(bag, None, np.ones(9, bool))
+    both, all_at_once = (set(zip(*(column.tolist() for column in c), strict=True)) for c in (found, whole))
+    assert both <= all_at_once
+    assert {row for row in all_at_once if row[0] < len(copied)} <= both
+
+    monkeypatch.setattr(index, "EXACT", 0)
+    for small_query, small_reference in ((True, False), (False, True)):  # of small images all is searched for
+        asked.clear()
+        compressed.large[:] = not small_reference
+        found = compressed.shortlist(bag, None, np.full(9, not small_query))
+        assert sum(asked) == len(bag.owner)
+        assert set(zip(*(column.tolist() for column in found), strict=True)) == all_at_once
 
 
 @pytest.mark.parametrize("overlay", [badged, captioned])

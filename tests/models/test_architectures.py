@@ -1,8 +1,11 @@
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models import architectures, prediction
 
@@ -58,6 +61,25 @@ def test_macs_of_resnet20() -> None:
     assert architectures.macs(architectures.create("resnet20", 10), 32) == pytest.approx(
         41e6, rel=0.02
     )  # as the literature counts them
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "size"),
+    [("airbench", {"widths": [4, 8, 8]}, 32), ("resnet8", {"exits": "all"}, 16), ("vit_tiny_patch16_224", {"depth": 1}, 224)],
+)
+def test_macs_are_those_of_torchs_counter(arch: str, options: dict[str, Any], size: int) -> None:
+    model = architectures.create(arch, 10, options).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size))
+    assert architectures.macs(model, size) == counter.get_total_flops() // 2 > 0
+
+
+def test_counting_does_not_import_torchs_compiler() -> None:
+    code = "import sys; from pipeline.models import architectures as a; a.macs(a.create('resnet8', 10), 32)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch._dynamo' in sys.modules)"], capture_output=True, text=True
+    )
+    assert loaded.stdout == "False\n", f"{loaded.stderr}: torch has another way to say that a mode is not for the compiler"
 
 
 @pytest.mark.parametrize(("arch", "options"), [("resnet8", {"shortcut": "B"}), ("resnet18_3x3", {})])

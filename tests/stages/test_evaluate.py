@@ -241,7 +241,7 @@ def test_without_times_an_evaluation_has_the_same_bits_again(data: Path, tmp_pat
 def test_records_say_the_dtype_and_evaluation_is_float32(data: Path, tmp_path: Path) -> None:
     half_precision = MACHINE.model_copy(update={"precision": "bfloat16"})
     model = taught(data, tmp_path / "model")
-    paths = {"pool": data / "pool", "train": data / "train", "teacher": model}
+    paths = {"pool": data / "pool", "train": data / "train", "holdout": data / "holdout", "teacher": model}
     score.run(score.Score(teacher="-"), **paths, out=tmp_path / "scores", workdir=tmp_path / "w", machine=half_precision)
     about = pq.read_schema(tmp_path / "scores" / "scores.parquet").metadata
     assert about[b"precision"] == b"bfloat16"

@@ -14,6 +14,8 @@ import pytest
 from benchmarks import purity
 from pipeline.errors import UserError
 from pipeline.harness.machine import Machine
+from pipeline.report import purity as expected
+from pipeline.report.purity import Answers
 from pipeline.stages import select
 from pipeline.stages.select import Select
 from pipeline.store import artifact, manifest, ranking, scores
@@ -31,7 +33,7 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 class Pool:
     """A pool manifest and scores of it: `m` classes stored of each image, log p on a coarse grid, so that most tie."""
 
-    def __init__(self, folder: Path, n: int, m: int = 4, seed: int = 0, row_group: int = 97) -> None:
+    def __init__(self, folder: Path, n: int, m: int = 4, seed: int = 0, row_group: int = 97, held: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.ids = [f"pool-{row // 50:02}.tar/{row:04}.jpg" for row in range(n)]
         self.manifest, self.scores = folder / "pool", folder / "scores"
@@ -46,6 +48,7 @@ class Pool:
         self.classes = np.argsort(rng.random((n, len(CLASSES))) + 0.5 * (np.arange(len(CLASSES)) == 5))[:, :m]
         self.logits = -np.sort(-rng.integers(-4, 5, (n, m)) / 4, axis=1).astype(np.float32)
         self.logsumexp = (self.logits[:, 0] + rng.integers(0, 3, n) / 8).astype(np.float32)
+        self.held = held
         self.write(row_group)
 
     def write(self, row_group: int = 97, logits: np.ndarray | None = None) -> None:
@@ -55,6 +58,7 @@ class Pool:
         about = {"classes": json.dumps(CLASSES), "manifest": artifact.identity(self.manifest)}
         with artifact.writing(self.scores) as tmp:
             pq.write_table(table.replace_schema_metadata(about), tmp / scores.FILE, row_group_size=row_group)
+            scores.write_held(tmp, table.slice(0, self.held), self.classes[: self.held, 0] * (np.arange(self.held) % 4 > 0))
 
     def pairs(self, members: int) -> list[tuple[float, int, int, int]]:
         """(-log p, row, position, class), best first."""
@@ -89,6 +93,27 @@ def greedy(pool: Pool, members: int, k: int, several: bool) -> dict[int, list[in
 
 def selected(out: Path) -> list[str]:
     return manifest.read(out).table["id"].to_pylist()
+
+
+@pytest.mark.parametrize("rule", ["top", "balanced", "all"])
+def test_the_expected_purity_is_that_of_the_selected_images(tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(tmp_path, 400, held=80)
+    metrics = pool.run(tmp_path / "out", k=30, rule=rule)
+    scored = open_scores(pool.scores)
+    said, held = (Answers.of_table(table, scored.m) for table in (scored.rows_of(np.arange(400)), scored.held()))
+    is_right = held.first == scored.held()["label"].to_numpy()
+    pure = expected.estimate(said, held, is_right, len(CLASSES)).pure
+    rows = np.flatnonzero(np.isin(pool.ids, selected(tmp_path / "out")))
+    assert metrics["expected_purity"] == pytest.approx(pure[rows].mean(), abs=1e-3)  # equal ranks, rounded either way
+    by_class = {name: pure[rows][said.first[rows] == c].mean() for c, name in enumerate(CLASSES) if (said.first[rows] == c).any()}
+    assert metrics["impure"] == pytest.approx(
+        {name: share for name, share in by_class.items() if share < select.IMPURE}, abs=5e-3
+    )
+    assert metrics["impure"]
+
+    monkeypatch.setattr(select, "LOOKED_AT", 10)  # of each class
+    assert pool.run(tmp_path / "fewer", k=30, rule=rule)["expected_purity"] == pytest.approx(metrics["expected_purity"], abs=0.05)
+    assert "expected_purity" not in pool.run(tmp_path / "any", k=30, rule=rule, membership="any")
 
 
 @pytest.mark.parametrize("several", [True, False])

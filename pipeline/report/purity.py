@@ -13,6 +13,9 @@ belong to no class, for which it names a class as well, often surely. So two thi
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+
+from pipeline.store.scores import LOGSUMEXP, names_of
 
 FOLDS = 5  # held-out images are scored by a classifier that has not seen them
 SAMPLE = 20_000  # images of the pool that a classifier learns from
@@ -20,7 +23,8 @@ FEW = 50  # classes up to which their names count as evidence: of more there are
 RIDGE = 20.0  # of the coefficients, on standardised evidence
 SURE = 0.1  # the probability with which the bound of the best bin may fail
 WIDTH = 0.08  # of the kernel that smooths densities over ranks in 0..1
-ROWS = 1 << 18  # of the pool at a time
+ROWS = 1 << 18  # images at a time
+GRID = 201  # ranks at which a density is kept
 
 
 class Answers(NamedTuple):
@@ -30,14 +34,23 @@ class Answers(NamedTuple):
     first: np.ndarray
     logsumexp: np.ndarray
 
+    @classmethod
+    def of_table(cls, said: pa.Table, m: int) -> "Answers":
+        """Of rows of scores (`pipeline.store.scores`)."""
+        logits = np.stack([said[name].to_numpy() for name in names_of("logit", m)], axis=1)
+        return cls(logits, said["class_0"].to_numpy().astype(np.int64), said[LOGSUMEXP].to_numpy())
+
     def log_p(self) -> np.ndarray:
         """(N,) float32, of the first class; at most 0."""
         return np.asarray(np.minimum(self.logits[:, 0] - self.logsumexp, np.float32(0)))
 
+    def take(self, rows: np.ndarray | slice) -> "Answers":
+        return Answers(*(column[rows] for column in self))
+
 
 class Estimate(NamedTuple):
-    """Of each image of the pool, (N,) in 0..1: that it belongs to a class, and that its first class is right if it does; and the
-    share of the pool that belongs to a class."""
+    """Of N images, (N,) in 0..1: that each belongs to a class, and that its first class is right if it does; and the share of the
+    pool that belongs to a class."""
 
     own: np.ndarray
     right: np.ndarray
@@ -49,17 +62,76 @@ class Estimate(NamedTuple):
         return np.asarray(self.own * self.right)
 
 
+class Fold(NamedTuple):
+    """A classifier of held-out images against the pool: what standardises the evidence, its weights, and its scores of the pool's
+    sample, ascending."""
+
+    mean: np.ndarray
+    sd: np.ndarray
+    weights: np.ndarray
+    ordered: np.ndarray
+
+    def rank(self, evidence: np.ndarray) -> np.ndarray:
+        """(N,) the share of the pool that looks at least as much like held-out images."""
+        scores = (evidence - self.mean) / self.sd @ self.weights[1:]
+        return np.asarray(1 - np.searchsorted(self.ordered, scores) / len(self.ordered))
+
+
+class Purity(NamedTuple):
+    """What was learned of the pool and the held-out images. `own`: (GRID,) by rank in 0..1, that an image belongs to a class;
+    `right`: mean, standard deviation and weights of the evidence that its first class is right if it does."""
+
+    folds: tuple[Fold, ...]
+    share: float
+    own: np.ndarray
+    right: tuple[float, float, np.ndarray]
+    classes: int
+
+    def of(self, said: Answers) -> Estimate:
+        """Of any images of the pool."""
+        rank = np.zeros(len(said.first))
+        for first in range(0, len(rank), ROWS):
+            part = evidence(said.take(slice(first, first + ROWS)), self.classes)
+            rank[first : first + ROWS] = np.mean([fold.rank(part) for fold in self.folds], axis=0)
+        mean, sd, weights = self.right
+        is_right = expit((_gap(said) - mean) / sd * weights[1] + weights[0])
+        return Estimate(np.interp(rank, np.linspace(0, 1, GRID), self.own), is_right, self.share)
+
+
 def estimate(pool: Answers, holdout: Answers, is_right: np.ndarray, classes: int) -> Estimate:
-    """`is_right`: (n,) whether the teacher's first class is that of the held-out image. At least FOLDS held-out images."""
-    rank_held, rank_pool = _ranks(pool, holdout, classes)
-    share = best_bin(rank_held)
-    grid = np.linspace(0, 1, 201)
-    own = np.interp(rank_pool, grid, np.clip(share * density(rank_held, grid), 0, 1))
-    evidence = [np.sqrt(a.logits[:, :1] - a.logits[:, 1:2]) for a in (holdout, pool)]
-    mean, sd = evidence[0].mean(), evidence[0].std() + 1e-6
-    held, all_of_pool = ((e - mean) / sd for e in evidence)
-    weights = logistic(held, is_right, np.ones(len(held)), ridge=0.1)
-    return Estimate(own, expit(all_of_pool @ weights[1:] + weights[0]), share)
+    """Of each image of the pool. `is_right`: (n,) whether the teacher's first class is that of the held-out image."""
+    return learn(pool.take(sample(len(pool.first))), holdout, is_right, classes).of(pool)
+
+
+def sample(images: int) -> np.ndarray:
+    """The rows of the pool that `learn` is to see, ascending: by chance, the same each time."""
+    return np.sort(np.random.default_rng(0).permutation(images)[:SAMPLE])
+
+
+def learn(pool: Answers, holdout: Answers, is_right: np.ndarray, classes: int) -> Purity:
+    """From a `sample` of the pool, and at least FOLDS held-out images."""
+    held, part = evidence(holdout, classes), np.random.default_rng(0).permutation(len(holdout.first)) % FOLDS
+    seen, rank, folds = evidence(pool, classes), np.zeros(len(held)), list[Fold]()
+    for number in range(FOLDS):
+        learned = held[part != number]
+        x = np.concatenate([learned, seen])
+        mean, sd = x.mean(0), x.std(0) + 1e-6
+        y = np.arange(len(x)) < len(learned)
+        weight = np.where(y, 1.0, len(learned) / len(seen))  # both sides weigh the same
+        weights = logistic((x - mean) / sd, y, weight, RIDGE)
+        folds.append(Fold(mean, sd, weights, np.sort((seen - mean) / sd @ weights[1:])))
+        rank[part == number] = folds[-1].rank(held[part == number])
+    share = best_bin(rank)
+    own = np.clip(share * density(rank, np.linspace(0, 1, GRID)), 0, 1)
+    gap = _gap(holdout)
+    mean, sd = float(gap.mean()), float(gap.std()) + 1e-6
+    weights = logistic(((gap - mean) / sd)[:, None], is_right, np.ones(len(held)), ridge=0.1)
+    return Purity(tuple(folds), share, own, (mean, sd, weights), classes)
+
+
+def _gap(said: Answers) -> np.ndarray:
+    """(N,) how far the first class stands before the second."""
+    return np.asarray(np.sqrt(said.logits[:, 0] - said.logits[:, 1]))
 
 
 def best_bin(ranks: np.ndarray) -> float:
@@ -80,40 +152,6 @@ def density(ranks: np.ndarray, at: np.ndarray) -> np.ndarray:
     mirrored = np.concatenate([ranks, -ranks, 2 - ranks])
     apart = (at[:, None] - mirrored) / WIDTH
     return np.asarray(np.exp(-(apart**2) / 2).sum(1) / (WIDTH * np.sqrt(2 * np.pi) * len(ranks)))
-
-
-def _ranks(pool: Answers, holdout: Answers, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """For (n,) held-out images and (N,) of the pool the share of the pool that looks at least as much like held-out ones."""
-    rng = np.random.default_rng(0)
-    held, part = evidence(holdout, classes), rng.permutation(len(holdout.first)) % FOLDS
-    sample = np.sort(rng.permutation(len(pool.first))[:SAMPLE])
-    seen = evidence(_take(pool, sample), classes)
-    rank_held, rank_pool = np.zeros(len(held)), np.zeros(len(pool.first))
-    for fold in range(FOLDS):
-        learned = held[part != fold]
-        x = np.concatenate([learned, seen])
-        mean, sd = x.mean(0), x.std(0) + 1e-6
-        y = np.arange(len(x)) < len(learned)
-        weight = np.where(y, 1.0, len(learned) / len(seen))  # both sides weigh the same
-        w = logistic((x - mean) / sd, y, weight, RIDGE)
-
-        def score(x: np.ndarray, mean: np.ndarray = mean, sd: np.ndarray = sd, w: np.ndarray = w) -> np.ndarray:
-            return np.asarray((x - mean) / sd @ w[1:])
-
-        ordered = np.sort(score(seen))
-
-        def rank(scores: np.ndarray, ordered: np.ndarray = ordered) -> np.ndarray:
-            return np.asarray(1 - np.searchsorted(ordered, scores) / len(ordered))
-
-        rank_held[part == fold] = rank(score(held[part == fold]))
-        for first in range(0, len(rank_pool), ROWS):
-            rows = slice(first, first + ROWS)
-            rank_pool[rows] += rank(score(evidence(_take(pool, rows), classes))) / FOLDS
-    return rank_held, rank_pool
-
-
-def _take(answers: Answers, rows: np.ndarray | slice) -> Answers:
-    return Answers(*(column[rows] for column in answers))
 
 
 def evidence(answers: Answers, classes: int) -> np.ndarray:
