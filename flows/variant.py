@@ -139,7 +139,16 @@ async def prepared(workspace: Path, one: Combination, targets: Sequence[str], fo
         worktree.link_sources(workspace, folder, sources)
         await scan(folder)
     where = Where(folder, workspace, force, env, await asyncio.to_thread(dag.has_remote, folder), one.label)
-    return Variant(one, where, graph, wanted, changes, await asyncio.to_thread(dvc.stages, folder))
+    return Variant(one, where, graph, wanted, changes, await asyncio.to_thread(_reads, folder))
+
+
+def _reads(folder: Path) -> dict[str, dvc.Read]:
+    """What the stages read and write; nothing where another DVC cannot be asked: a run needs it for lineage and sharing only."""
+    try:
+        return dvc.stages(folder)
+    except Exception as error:  # private parts of DVC, which an update may change
+        get_run_logger().warning("no assets are told, and the variants of a sweep share nothing: %r", error)
+        return {}
 
 
 def _folder(workspace: Path, set_params: Sequence[str]) -> Path:
@@ -158,6 +167,8 @@ def shared(variants: Sequence[Variant]) -> dict[str, tuple[str, Variant]]:
     found = {}
     for variant in variants:
         for stage in variant.todo:
+            if stage not in variant.reads:
+                continue
             earlier = first.setdefault((stage, variant.reads[stage].decides), variant)
             if earlier is not variant:
                 found[variant.where.named(stage)] = earlier.where.named(stage), earlier

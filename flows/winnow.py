@@ -21,7 +21,7 @@ from pydantic import Field
 from flows import attempt, dag, forecast, plan, sweep, tracking, worktree
 from flows.form import Targets
 from flows.order import in_order
-from flows.tasks import limited, push_again, restore, run_stage, run_stage_elsewhere, take_over, up_to_date
+from flows.tasks import NOTHING, limited, push_again, restore, run_stage, run_stage_elsewhere, take_over, up_to_date
 from flows.variant import Variant, check_all, combinations, prepared, shared
 
 POOLS = Path(__file__).with_name("pools.yaml")
@@ -98,7 +98,7 @@ async def winnow(
         v, s = todo[name]
         after = {"wait_for": [states[n] for n in (*(v.where.named(n) for n in v.graph.needs[s]), *same.get(name, [])[:1])]}
         if name in same:
-            state: State = await limited(take_over, name, hours, 0, v.reads[s])(
+            state: State = await limited(take_over, name, hours, 0, v.reads.get(s, NOTHING))(
                 s, v.where, same[name][1].where, **after, return_state=True
             )
             if state.is_completed():
@@ -107,10 +107,12 @@ async def winnow(
         if s.partition("@")[0] in theirs:
             limits = {"hours": hours, "retries": retries}
             above = [n for n in v.graph.upstream([s]) if n != s]
-            task = limited(run_stage_elsewhere, name, None, retries, v.reads[s])
+            task = limited(run_stage_elsewhere, name, None, retries, v.reads.get(s, NOTHING))
             state = await task(s, v.where, above, deployment, limits, **after, return_state=True)
         else:
-            state = await limited(run_stage, name, hours, retries, v.reads[s])(s, v.where, **after, return_state=True)
+            state = await limited(run_stage, name, hours, retries, v.reads.get(s, NOTHING))(
+                s, v.where, **after, return_state=True
+            )
         return state
 
     began = time.monotonic()

@@ -27,7 +27,7 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import attempt, child, dag, plan, sweep, tasks, tracking, variant, worktree
-from flows.adapter import prefect
+from flows.adapter import dvc, prefect
 from flows.winnow import winnow
 from tests.tiny import leaned_on
 
@@ -519,6 +519,16 @@ def test_models_that_are_the_same_in_all_variants_are_compared_once(tmp_path: Pa
     assert {name: (v.where.label, entry) for name, (v, entry) in found.items()} == {
         "teacher": ("js", "teacher"), "ssld--js": ("js", "ssld"), "ssld--0-5": ("0.5", "ssld"),
     }  # fmt: skip
+
+
+def test_a_dvc_that_cannot_be_asked_costs_only_lineage(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def another(_: Path) -> dict[str, dvc.Read]:
+        raise dvc.AnotherDVC("DVC 9.9 is installed")
+
+    monkeypatch.setattr(dvc, "stages", another)
+    monkeypatch.setattr(variant, "get_run_logger", lambda: logging.getLogger("test"))
+    assert variant._reads(Path()) == {}
+    assert "DVC 9.9 is installed" in caplog.text
 
 
 def test_variants_are_told_apart_by_what_varies() -> None:
