@@ -265,7 +265,7 @@ def test_a_cancelled_run_leaves_no_process_and_no_trace_in_the_clone(site: Site,
 
 def test_another_worker_goes_on_at_the_checkpoint_of_one_that_was_killed(site: Site, first: First) -> None:
     """A machine that is taken away in the middle of a training, and a worker on another one that sees its disk."""
-    changes = ["trainings.brief.steps=1500", "+machine.checkpoint_minutes=0.002"]
+    changes = ["trainings.brief.steps=300", "+machine.checkpoint_minutes=0.002"]
     run = site.run(targets=["teach@teacher"], set_params=changes)
     checkpoint = ".scratch/worktrees/*/.scratch/teach.teacher/*/checkpoint/done.json"
     site.until(lambda: list(site.cpu.glob(checkpoint)), 120)
@@ -281,7 +281,7 @@ def test_another_worker_goes_on_at_the_checkpoint_of_one_that_was_killed(site: S
         assert answer["status"] == "ACCEPT", answer
     site.worker("cpu")
     assert site.finished(run) == "Completed", site.log(run) + site.logs()
-    assert f"teach.teacher: goes on at {step:,} of 1,500 steps" in site.log(run, 1000)
+    assert f"training: goes on at {step:,} of 300 steps" in site.log(run, 1000)
     assert site.stages(run)["teach@teacher"] == "Completed"
 
 
