@@ -111,9 +111,11 @@ class Site:
         found = self.ask("artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
         return {a["key"].removeprefix("winnow-"): a for a in found if a["key"]}
 
-    def log(self, run: str, limit: int = 200) -> str:
-        lines = self.ask("logs/filter", logs={"flow_run_id": {"any_": [run]}}, limit=limit)
-        return "\n".join(line["message"] for line in lines)
+    def log(self, run: str) -> str:
+        lines: list[str] = []
+        while page := self.ask("logs/filter", logs={"flow_run_id": {"any_": [run]}}, limit=200, offset=len(lines)):
+            lines += [line["message"] for line in page]
+        return "\n".join(lines)
 
     def until(self, true: Callable[[], Any], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -281,7 +283,7 @@ def test_another_worker_goes_on_at_the_checkpoint_of_one_that_was_killed(site: S
         assert answer["status"] == "ACCEPT", answer
     site.worker("cpu")
     assert site.finished(run) == "Completed", site.log(run) + site.logs()
-    assert f"training: goes on at {step:,} of 300 steps" in site.log(run, 1000)
+    assert f"training: goes on at {step:,} of 300 steps" in site.log(run)
     assert site.stages(run)["teach@teacher"] == "Completed"
 
 
