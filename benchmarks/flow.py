@@ -27,7 +27,8 @@ import yaml
 ROOT = Path(__file__).parent.parent
 FLOW = "import asyncio; from flows.winnow import winnow; asyncio.run(winnow(elsewhere=False))"
 UNCHECKED = (
-    "from flows import winnow as w; w.check = w.scan = lambda folder: __import__('asyncio').sleep(0); "  # stages are not winnow's
+    # its stages are not winnow's
+    "from flows import variant as v; v.check = v.scan = lambda folder: __import__('asyncio').sleep(0); "
 )
 
 

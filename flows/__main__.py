@@ -1,6 +1,9 @@
-"""python -m flows plan [STAGE...]     what a run would do now: each stage, why, and for how long (`plan --help`)"""
+"""python -m flows plan [STAGE...]     what a run would do now: each stage, why, and for how long (`plan --help`)
+python -m flows notify URL          have Prefect tell a webhook of every run that fails
+"""
 
 import argparse
+import asyncio
 import sys
 from pathlib import Path
 
@@ -9,6 +12,8 @@ from flows import dag, plan
 DESCRIPTION = """What a run would do now: each stage that would run or be restored from DVC's cache, why, and how long it will
 take on this machine. With --images: core-hours and GPU-hours of a params file for data that are not there yet. docs/plan.md says
 where the times come from."""
+NOTIFY = """Have the Prefect that PREFECT_API_URL names tell a webhook, such as a chat's, of every run of winnow that fails: its
+name, why, and a link. Once for each server; another URL takes the place of the first."""
 AHEAD = {
     "--images": ("N", "images of the pool: 14_000_000"),
     "--val": ("N", "validation images"),
@@ -21,8 +26,11 @@ AHEAD = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flows", description=__doc__)
-    of_plan = parser.add_subparsers(dest="do", required=True, metavar="{plan}").add_parser("plan", description=DESCRIPTION)
+    formatted = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m flows", description=__doc__, formatter_class=formatted)
+    commands = parser.add_subparsers(dest="do", required=True, metavar="{plan,notify}")
+    commands.add_parser("notify", description=NOTIFY).add_argument("url", metavar="URL", help="of a webhook that takes JSON")
+    of_plan = commands.add_parser("plan", description=DESCRIPTION)
     of_plan.add_argument("stages", nargs="*", metavar="STAGE", help="`distil@ssld`, or `distil` for all its entries; none: all")
     of_plan.add_argument("--force", action="store_true", help="as if every stage were to run")
     of_plan.add_argument("--fresh", action="store_true", help="probe again what was probed before")
@@ -33,6 +41,9 @@ def main() -> None:
     for name, (metavar, text) in AHEAD.items():
         later.add_argument(name, metavar=metavar, help=text)
     args = parser.parse_args()
+    if args.do == "notify":
+        notified(args.url)
+        return
     given = {name: getattr(args, name.strip("-").replace("-", "_")) for name in AHEAD}
     numbers = [word for name, value in given.items() if value is not None for word in (name, value)]
     probing = [f"--{name.replace('_', '-')}" for name in ("fresh", "no_probe") if getattr(args, name)]
@@ -50,6 +61,15 @@ def main() -> None:
     sys.stdout.write(made.text(args.width))
     if args.save:
         made.save(args.save)
+
+
+def notified(url: str) -> None:
+    from flows import notify  # a plan needs no Prefect
+
+    try:
+        sys.stdout.write(f"Prefect tells it of {asyncio.run(notify.tell(url))}\n")
+    except notify.WrongAddress as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

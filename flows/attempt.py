@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
@@ -12,14 +12,14 @@ from prefect import get_run_logger, runtime
 from prefect.artifacts import acreate_progress_artifact, aupdate_progress_artifact
 
 from flows import child, dag
+from flows.adapter import dvc
 
 # Exit codes of a stage (pipeline/harness/stage.py) that no repetition will change: its own message says what to mend.
 WRONG_INPUT, DEFECT, INTERRUPTED = 2, 1, 130
 
-_EXITED = re.compile(r"failed to run: .*, exited with (-?\d+)", re.S)
 _ROOT_CAUSE = re.compile(r"Root Cause.*?exitcode *: (-?\d+)", re.S)  # torchrun's report; its own exit code is always 1
 _PROGRESS = re.compile(r"^(?P<label>.+?): (?P<n>[\d,]+) of (?P<total>[\d,]+) ")
-_BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|another process is running the stage")
+_BUSY = "another process is running the stage"  # pipeline/harness/stage.py
 
 
 class StageFailed(Exception):
@@ -39,14 +39,19 @@ class Where:
     force: bool
     env: dict[str, str] = field(default_factory=dict, repr=False)  # it holds the address of MLflow, maybe with a password
     share: bool = False  # push what a stage made to the DVC remote, and pull what the lock knows
+    label: str = ""  # of one variant of a sweep
+
+    def named(self, stage: str) -> str:
+        """The stage as this run calls it: `distil@ssld`, in a sweep `distil@ssld [js]`."""
+        return f"{stage} [{self.label}]" if self.label else stage
 
 
 def verdict(ended: child.Ended) -> StageFailed:
     """Why `dvc repro` of a stage failed, from its last lines: DVC's own exit code is always 255."""
-    exited = _ROOT_CAUSE.search(ended.text) or _EXITED.search(ended.text)
-    code = int(exited.group(1)) if exited else None
+    cause = _ROOT_CAUSE.search(ended.text)
+    code = int(cause[1]) if cause else dvc.exit_code(ended.text)
     said = next((line for line in reversed(ended.lines) if line.startswith("error: ")), "").removeprefix("error: ")
-    if _BUSY.search(ended.text):
+    if dvc.is_busy(ended.text) or _BUSY in ended.text:
         return StageFailed("another process works on this stage or waits for it", again=True)
     if code is None:  # DVC itself: killed, or out of reach of its lock, its cache, its remote
         return StageFailed(f"dvc ended with {ended.code}: {ended.lines[-1] if ended.lines else 'no word'}", again=True)
@@ -61,16 +66,14 @@ class Listener:
     `outcome`: Cached until DVC says that it runs the stage (Completed) or takes it from its cache (Restored).
     """
 
-    def __init__(self, stage: str) -> None:
-        self.stage, self.log, self.outcome = stage, get_run_logger(), "Cached"
+    def __init__(self, stage: str, title: str) -> None:
+        self.stage, self.title, self.log, self.outcome = stage, title, get_run_logger(), "Cached"
         self.artifact: UUID | None = None
 
     async def hear(self, line: str) -> None:
         self.log.info(line)
-        if line.startswith(f"Running stage '{self.stage}'"):
-            self.outcome = "Completed"
-        elif line.startswith(f"Stage '{self.stage}' is cached"):
-            self.outcome = "Restored"
+        if (said := dvc.outcome(line)) and said[0] == self.stage:
+            self.outcome = said[1]
         elif progress := _PROGRESS.match(line):
             n, total = (int(progress[group].replace(",", "")) for group in ("n", "total"))
             await self.show(100 * n / max(total, 1), line)
@@ -79,7 +82,7 @@ class Listener:
         try:
             if self.artifact is None:
                 self.artifact = await acreate_progress_artifact(
-                    percent, key=artifact_key(self.stage, "progress"), description=line
+                    percent, key=artifact_key("progress", self.title), description=line
                 )
             else:
                 await aupdate_progress_artifact(self.artifact, percent, description=line)
@@ -88,9 +91,13 @@ class Listener:
 
 
 def artifact_key(*words: str) -> str:
-    """A key for this flow run: keys are shared by all of them, and may hold lower-case letters, digits and dashes."""
-    run = str(runtime.flow_run.id or "none")
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(["winnow", *words, run[-12:]]).lower())
+    """The key of what every run shows anew, by which Prefect keeps its history: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(["winnow", *words]).lower()).strip("-")
+
+
+def run_title() -> str:
+    """The name of this flow run, which tells what it runs."""
+    return str(runtime.flow_run.name)
 
 
 async def repro(stage: str, where: Where) -> str:
@@ -98,9 +105,9 @@ async def repro(stage: str, where: Where) -> str:
 
     Raises StageFailed.
     """
-    listener = Listener(stage)
+    listener = Listener(stage, where.named(stage))
     env = {**dag.environment(), **where.env}
-    ended = await child.run(dag.repro(stage, where.force), cwd=where.folder, env=env, line=listener.hear)
+    ended = await child.run(dag.repro(stage, force=where.force), cwd=where.folder, env=env, line=listener.hear)
     if ended.code:
         raise verdict(ended)
     if listener.artifact is not None:
@@ -108,35 +115,79 @@ async def repro(stage: str, where: Where) -> str:
     return listener.outcome
 
 
+class _RunsAfterAll(Exception):
+    """DVC began to run a stage of which it was said to have the result."""
+
+
+async def restore(stages: Sequence[str], where: Where) -> list[str]:
+    """Take the results that DVC has of `stages`, in their order, in one command; returns those that it took.
+
+    None of them is run: where DVC would run one after all it is ended at once, and that stage is left for the run.
+    """
+    log, restored = get_run_logger(), list[str]()
+
+    async def hear(line: str) -> None:
+        log.info(line)
+        if said := dvc.outcome(line):
+            if said[1] == "Completed":
+                raise _RunsAfterAll(said[0])
+            restored.append(said[0])
+
+    try:
+        env = {**dag.environment(), **where.env}
+        ended = await child.run(dag.repro(*stages), cwd=where.folder, env=env, line=hear)
+    except _RunsAfterAll as stage:
+        log.warning("DVC has no whole result of %s: it is run", stage)
+    else:
+        if ended.code:
+            log.warning("not all could be restored: %s", why(ended))
+    return restored
+
+
 def why(ended: child.Ended) -> str:
-    """What DVC says of a failure: its errors, of which the last one is only a count (`3 files failed to upload`)."""
-    errors = list(dict.fromkeys(line.removeprefix("ERROR: ") for line in ended.lines if line.startswith("ERROR: ")))
+    """What DVC says of a failure: its first three errors, and the last one, which counts them."""
+    errors = dvc.errors(ended.lines)
     return "; ".join(errors[:3] + errors[3:][-1:]) or (ended.lines[-1] if ended.lines else str(ended.code))
 
 
-class Outcomes:
-    """What happened to each stage of the flow runs of this process: an attempt that only pushes what the one before it made finds
-    the stage Cached, and yet it was run."""
-
-    def __init__(self) -> None:
-        self._of: dict[str, dict[str, str]] = {}
-
-    def keep(self, stage: str, outcome: str) -> str:
-        """The outcome of the first attempt at the stage that had one to tell; else this one."""
-        of_run = self._of.setdefault(str(runtime.flow_run.id), {})
-        if of_run.get(stage, "Cached") == "Cached":
-            of_run[stage] = outcome
-        return of_run[stage]
-
-    def told(self, cached: int) -> str:
-        """`2 stages run, 7 restored, 10 cached`; `cached`: how many stages were up to date from the start."""
-        counted = Counter(self._of.pop(str(runtime.flow_run.id), {}).values())
-        counts = {"run": counted["Completed"], "restored": counted["Restored"], "cached": counted["Cached"] + cached}
-        (what, first), *others = [(what, n) for what, n in counts.items() if n] or [("cached", 0)]
-        return ", ".join([f"{first} {'stage' if first == 1 else 'stages'} {what}", *(f"{n} {what}" for what, n in others)])
+def unpushed(stage: str, where: Where) -> Path:
+    """The file that is there from when a stage has run until others have what it made. It holds the outcome: an attempt after a
+    failed push, of this run or of a later one, finds the stage Cached, or in DVC's cache, and yet it was run for it."""
+    return where.folder / ".scratch" / "flows" / "unpushed" / stage
 
 
-OUTCOMES = Outcomes()
+def remembered(stage: str, outcome: str, where: Where) -> str:
+    """The outcome of the attempt that ran the stage, until it is `delivered`."""
+    file = unpushed(stage, where)
+    if outcome != "Completed" and file.is_file():
+        return file.read_text()
+    if outcome != "Cached":
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(outcome)
+    return outcome
+
+
+def delivered(stage: str, where: Where) -> None:
+    """Others have what the stage made."""
+    unpushed(stage, where).unlink(missing_ok=True)
+
+
+async def share(stage: str, outcome: str, where: Where) -> str:
+    """Push what a stage made; returns its outcome, which is that of the attempt that made it. Raises StageFailed."""
+    if not where.share:
+        return outcome
+    outcome = remembered(stage, outcome, where)
+    await exchange("push", [stage], where)  # whatever the outcome: of what is there already DVC pushes nothing
+    delivered(stage, where)
+    return outcome
+
+
+def told(outcomes: Iterable[str]) -> str:
+    """`2 stages run, 7 restored, 10 cached`."""
+    counted = Counter(outcomes)
+    words = {"Completed": "run", "Restored": "restored", "Pushed": "pushed", "Cached": "cached"}
+    (what, first), *others = [(word, counted[name]) for name, word in words.items() if counted[name]] or [("cached", 0)]
+    return ", ".join([f"{first} {'stage' if first == 1 else 'stages'} {what}", *(f"{n} {word}" for word, n in others)])
 
 
 async def exchange(what: str, stages: Sequence[str], where: Where, *, strict: bool = True) -> None:

@@ -21,11 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from flows import dag
+from flows.adapter import dvc
+from flows.adapter.dvc import Changes
 from flows.worktree import DURATIONS
 
 RESTORING = 1.0  # seconds to take a stage from DVC's cache, its start included
 CAUSES = 2  # that are told of a stage; the others are counted
 DOUBT = 0.1  # see `left`
+UNCHANGED = Changes()
 
 
 @dataclass(frozen=True)
@@ -134,28 +137,24 @@ class Looked:
         return [stage for stage in self.todo if stage not in self.restored]
 
 
-def looked(folder: Path, graph: dag.Dag, wanted: Sequence[str], changes: Mapping[str, Any], force: bool) -> Looked:
+def looked(folder: Path, graph: dag.Dag, wanted: Sequence[str], changes: Mapping[str, Changes], force: bool) -> Looked:
     """What a run of the stages `wanted` would touch. `changes`: what `dag.stale` says of them."""
     stale = [stage for stage in wanted if force or stage in graph.affected(changes)]
-    known = dag.restorable(folder, wanted, stale) if stale and not force else {}
-    # Where all above is restored as it was, a stage whose outputs are in place is up to date.
-    looks = {stage for stage, change in changes.items() if dag.ALWAYS in change}
-    untouched = {s for s, as_locked in known.items() if as_locked and s not in looks and not _outs(changes.get(s, []))}
+    known = dvc.restorable(folder, wanted, stale) if stale and not force else {}
+    # Where all above is restored as it was, a stage that has not changed itself is up to date.
+    untouched = {stage for stage, as_locked in known.items() if as_locked and stage not in changes}
+    looks = {stage for stage, change in changes.items() if change.always}
     todo = [stage for stage in stale if stage not in untouched]
     runs = [stage for stage in todo if stage not in known or stage in looks]
     why = reasons(folder, graph, todo, [stage for stage in runs if stage not in looks], changes, force)
     return Looked(todo, why, known.keys() & set(todo) - looks, len(wanted) - len(todo))
 
 
-def _outs(of_stage: Sequence[Any]) -> bool:
-    return any(isinstance(change, Mapping) and "changed outs" in change for change in of_stage)
-
-
 def reasons(
-    folder: Path, graph: dag.Dag, todo: Sequence[str], runs: Sequence[str], changes: Mapping[str, Any], force: bool = False
+    folder: Path, graph: dag.Dag, todo: Sequence[str], runs: Sequence[str], changes: Mapping[str, Changes], force: bool = False
 ) -> dict[str, str]:
     """Why DVC would touch each stage of `todo`, in words. `runs`: those that it would run."""
-    lock = dag.locked(folder)
+    lock = dvc.locked(folder)
     tree = yaml.safe_load((folder / "params.yaml").read_text())
     code = _code(folder)
     told = {}
@@ -165,7 +164,8 @@ def reasons(
             told[stage] = "has not run here yet"
             continue
         above = [name for name in graph.needs[stage] if name in runs]
-        causes = [*_causes(changes.get(stage, []), entry, tree, code.get(stage.replace("@", "."), {}), folder, made(lock))]
+        of_code = code.get(stage.replace("@", "."), {})
+        causes = [*_causes(changes.get(stage, UNCHANGED), entry, tree, of_code, folder, made(lock))]
         if above and not any(cause for cause in causes if "output" not in cause):
             causes = [f"needs {_some(sorted(above, key=list(graph.needs).index))}, made anew", *causes]
         told[stage] = _some(causes or ["forced"] if force else causes or ["its inputs changed"], "; ")
@@ -183,29 +183,26 @@ def _some(words: Sequence[str], between: str = ", ") -> str:
 
 
 def _causes(
-    of_stage: Sequence[Any], entry: Mapping[str, Any], tree: Any, code: Mapping[str, str], folder: Path, outputs: set[str]
+    changed: Changes, entry: Mapping[str, Any], tree: Any, code: Mapping[str, str], folder: Path, outputs: set[str]
 ) -> Iterator[str]:
     """What changed, the params first. `code`: the hashes of the modules with which the stage ran last."""
-    kinds = {kind: what for change in of_stage if isinstance(change, Mapping) for kind, what in change.items()}
-    deps = kinds.get("changed deps", {})
-    for file, state in deps.items():
-        if isinstance(state, Mapping):
-            before = (entry.get("params") or {}).get(file, {})
-            for key in state:
-                yield from differences(key, before.get(key, ABSENT), at(tree, key))
-    if dag.ALWAYS in of_stage:
+    for file, keys in changed.params.items():
+        before = (entry.get("params") or {}).get(file, {})
+        for key in keys:
+            yield from differences(key, before.get(key, ABSENT), at(tree, key))
+    if changed.always:
         yield "looks at its address anew each time; what needs it is taken to find nothing new"
-    if "changed command" in of_stage:
+    if changed.command:
         yield "its command in dvc.yaml"
-    for path, state in deps.items():
-        if isinstance(state, str) and path.startswith("pipeline/"):
+    for path, state in changed.deps.items():
+        if path.startswith("pipeline/"):
             modules = _changed_modules(path, code, folder)
             yield f"code: {_some(modules or [path])}"
-        elif isinstance(state, str) and not _within(path, outputs):
+        elif not _within(path, outputs):
             yield f"{path} is {'not there' if state == 'deleted' else 'new' if state == 'new' else 'another'}"
-    if any(state == "modified" for state in kinds.get("changed outs", {}).values()):
+    if "modified" in changed.outs.values():
         yield "its output was changed by hand"
-    elif kinds.get("changed outs"):
+    elif changed.outs:
         yield "its output is not there"
 
 
@@ -277,14 +274,19 @@ def estimating(stages: Sequence[str], *more: str) -> list[str]:
     return [sys.executable, "-m", "pipeline", "estimate", *stages, *more]
 
 
-def together(found: Looked, answer: Mapping[str, Any], elsewhere: Set[str] = frozenset()) -> Plan:
-    """The plan, from what DVC knows and what the estimate says. `elsewhere`: stages that another machine does."""
+def together(
+    found: Looked, answer: Mapping[str, Any], elsewhere: Set[str] = frozenset(), shared: Mapping[str, str] | None = None
+) -> Plan:
+    """The plan, from what DVC knows and what the estimate says. `elsewhere`: stages that another machine does. `shared`: those
+    that an earlier variant of the sweep does, and its name for them."""
     why = found.why
     rows = []
     for stage in found.todo:
         expected = (answer.get("stages") or {}).get(stage) or {"seconds": None, "by": "no estimate"}
         if stage in found.restored:
             rows.append(Row(stage, f"{why[stage]}; DVC has its result", RESTORING, RESTORING, "cache"))
+        elif shared and stage in shared:
+            rows.append(Row(stage, f"{why[stage]}; the same as {shared[stage]}", RESTORING, RESTORING, "cache"))
         elif stage.partition("@")[0] in elsewhere:
             rows.append(Row(stage, why[stage], None, None, "a GPU worker"))
         elif expected["seconds"] is None:

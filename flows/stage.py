@@ -11,7 +11,7 @@ from prefect.states import Completed, State
 from flows import dag, tracking, worktree
 from flows.attempt import StageFailed, Where, artifact_key
 from flows.tasks import OUTCOME, limited, run_stage
-from flows.winnow import check
+from flows.variant import check
 
 
 @flow(name="stage", flow_run_name="{name}", persist_result=False)

@@ -3,13 +3,16 @@
 import io
 import tarfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from pipeline.harness.job import Job
@@ -213,3 +216,12 @@ def is_gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+@contextmanager
+def leaned_on(library: str, known: str, part: str) -> Iterator[None]:
+    """Have a failure say which release of `library` broke `part`, which no documentation promises. `known`: one that had it."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        pytest.fail(f"{library} {version(library)} broke what winnow leans on: {part}. {library} {known} had it.\n{error}")

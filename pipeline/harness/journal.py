@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.harness import credentials, live
+from pipeline.harness import credentials, dvc, live
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 
@@ -127,25 +127,20 @@ def open_journal(record: Mapping[str, Any], folder: Path, gathers: bool = False)
     """
     if os.environ.get("WINNOW_TRACKING") == "off":
         return Journal()
-    path = project_folder() / folder / f"{run_name(record)}-{record['key'][:16]}-{time.time_ns()}.jsonl"
+    path = dvc.project_folder() / folder / f"{run_name(record)}-{record['key'][:16]}-{time.time_ns()}.jsonl"
     begin = {
         "record": record,
         "gathers": gathers,
         "uri": credentials.masked(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI)),
         "experiment": experiment_name(),
         "workspace": str(Path.cwd()),
-        "dvc": "DVC_ROOT" in os.environ,
+        "dvc": dvc.runs_this(),
         "tags": {**tags_of_now(), **given_tags()},
     }
     journal = Journal(path, begin)
     if path.exists():
         start_mirror(path.parent)
     return journal
-
-
-def project_folder() -> Path:
-    """The folder of the project, also for a queued `dvc exp run`, which works in a temporary copy of it."""
-    return Path(os.environ.get("DVC_ROOT", "")).absolute()
 
 
 def run_name(record: Mapping[str, Any]) -> str:
@@ -187,7 +182,7 @@ def _git() -> dict[str, str]:
 
 
 def _dvc_experiment() -> dict[str, str]:
-    name = os.environ.get("DVC_EXP_NAME")
+    name = dvc.experiment()
     return {"dvc.exp_name": name} if name else {}
 
 
@@ -231,7 +226,7 @@ def start_mirror(folder: Path) -> None:
             package_root = str(Path(__file__).resolve().parents[2])
             mirror = subprocess.Popen(
                 mirror_command(folder),
-                cwd=project_folder(),
+                cwd=dvc.project_folder(),
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

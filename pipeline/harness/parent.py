@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.harness import dvc
+
 LAUNCHER = "WINNOW_LAUNCHER"
 """The number of the torchrun that `ranks.launch` becomes, in the environment of the processes that it starts."""
 
@@ -19,7 +21,7 @@ def end_with_starter() -> None:
     if "RANK" in os.environ:
         launcher = os.environ.get(LAUNCHER)
         end_with(signal.SIGTERM, lambda: launcher is None or os.getppid() == int(launcher))
-    elif "DVC_ROOT" in os.environ:
+    elif dvc.runs_this():
         end_with(signal.SIGTERM, _is_dvcs_child)
 
 

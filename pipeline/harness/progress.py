@@ -71,6 +71,10 @@ class _Lines:
         self.first, self.n = done, done
         self.start = self.last = time.monotonic()
         self.figures: dict[str, float] = {}
+        if done:
+            print(
+                f"{label}: goes on at {done:,}{f' of {total:,}' if total is not None else ''} {unit}", file=sys.stderr, flush=True
+            )
 
     def update(self, items: int, **figures: float) -> None:
         self.n += items

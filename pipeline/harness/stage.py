@@ -15,7 +15,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import random
 import re
 import sys
@@ -27,9 +26,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.errors import Unavailable, UserError
-from pipeline.harness import cache, durations, lockfile, parent, ranks, reference, scratch
+from pipeline.harness import cache, durations, dvc, lockfile, parent, ranks, reference, scratch
 from pipeline.harness.job import Job
-from pipeline.harness.journal import Journal, open_journal, project_folder
+from pipeline.harness.journal import Journal, open_journal
 from pipeline.harness.machine import Machine
 from pipeline.store import artifact
 from pipeline.store import params as parameters
@@ -94,7 +93,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
     if stage not in parameters.SINGLE and args.entry is None:
         args.entry = _entry(stage)
     keys = (stage, args.entry) if args.entry else (stage,)
-    if "DVC_ROOT" in os.environ and (wrong := parameters.lacking(parameters.read(file))):
+    if dvc.runs_this() and (wrong := parameters.lacking(parameters.read(file))):
         raise parameters.ParamsError(f"{file}: " + "\n".join(wrong))  # DVC would say so hours later, at the stage that needs it
     params = parameters.load(file, hints["params"], keys)
     machine = parameters.load(file, Machine, ("machine",)) if "machine" in parameters.read(file) else Machine()
@@ -105,7 +104,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
         ranks.launch(machine.processes, f"pipeline.stages.{stage}", argv)
     first = ranks.is_first()
     artifact.discard.set(not first)
-    if first and "DVC_ROOT" in os.environ:
+    if first and dvc.runs_this():
         lockfile.keep(WORK)
     named = _filled({name: getattr(args, name) for name in paths}, file, keys)
     outs = {name: path for name, path in named.items() if is_out(name)}
@@ -148,7 +147,7 @@ def _main(run: Callable[..., Metrics], argv: list[str], parallel: bool, gathers:
             _say(name, metrics, time.monotonic() - start)
             if not resumed:
                 _keep_duration(name, record, machine, named)
-            if progress := durations.told(project_folder() / WORK):
+            if progress := durations.told(dvc.project_folder() / WORK):
                 print(f"plan: {progress}", file=sys.stderr)
 
 
@@ -163,7 +162,7 @@ def _importable(run: Callable[..., Metrics]) -> Callable[..., Metrics]:
 
 def _entry(stage: str) -> str:
     """The entry that DVC runs: `ssld` of `distil@ssld`. It stands in no command line, so that no shell ever reads it."""
-    name, _, entry = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")
+    name, entry = dvc.stage()
     if name != stage or not entry:
         raise UserError(f"which entry of `{stage}`? Give its name: `python -m pipeline.stages.{stage} <entry> ...`.")
     return entry
@@ -256,7 +255,7 @@ def _keep_duration(name: str, record: Mapping[str, Any], machine: Machine, paths
     """Note how long this run took, of what, and with which code, for the plans of later ones."""
     wall, cpu = durations.usage()
     durations.keep(
-        project_folder() / WORK,
+        dvc.project_folder() / WORK,
         name=name,
         **{what: record[what] for what in ("stage", "entry", "params")},
         rows=durations.rows_of(paths),

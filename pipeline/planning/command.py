@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.harness.durations import machine_of
-from pipeline.harness.journal import project_folder
+from pipeline.harness.dvc import project_folder
 from pipeline.harness.stage import WORK
 from pipeline.planning import ahead, estimate
 from pipeline.planning.counts import Given

@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import json
 import os
 import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.harness import credentials
 from pipeline.harness.journal import DEFAULT_URI, experiment_name, has_ended, start_mirror
@@ -20,8 +22,37 @@ JOURNALS = Path(".scratch", "journal")
 WORKTREES = Path(".scratch", "worktrees")  # of flows/worktree.py
 
 
+class Sent(NamedTuple):
+    """Runs that have ended: sent to MLflow just now, waiting for a store that does not answer, refused by it."""
+
+    now: int
+    waiting: int
+    refused: int
+
+
 def flush(folder: Path, timeout: float) -> str:
-    """Wait until all runs that have ended are in MLflow, at most `timeout` seconds; return what to tell the user.
+    """Send what waits in the folder of journals, and in the worktrees of flows; return what to tell the user of all of it.
+
+    At most `timeout` seconds for each.
+    """
+    found = {folder: send(folder, timeout)}
+    for worktree in sorted(WORKTREES.glob("*")):
+        if any((worktree / JOURNALS).rglob("*.jsonl")):
+            found[worktree / JOURNALS] = _send_in(worktree, timeout)
+    now, waiting = sum(sent.now for sent in found.values()), sum(sent.waiting for sent in found.values())
+    others = sum(found[place].now > 0 for place in found if place != folder)
+    where = f", of {others} other folder{'s' if others > 1 else ''}, too" if others else ""
+    message = f"tracking: {now} runs sent now (others while they ran){where}, {waiting} waiting; {_where_to_look()}"
+    for place, sent in found.items():
+        if sent.waiting:
+            message += f"\n  The store does not answer ({place}/mirror.log). The next stage tries again, or the same command."
+        if sent.refused:
+            message += f"\n  {sent.refused} runs were refused ({place}/mirror.log says why). The same command tries again."
+    return message
+
+
+def send(folder: Path, timeout: float) -> Sent:
+    """Wait until all runs of a folder that have ended are in MLflow, at most `timeout` seconds.
 
     Tries again what was refused. With MLFLOW_TRACKING_URI set, what waits for another store is sent there.
     """
@@ -37,20 +68,16 @@ def flush(folder: Path, timeout: float) -> str:
         time.sleep(min(0.5, timeout))
         waiting = [file for file in waiting if file.exists()]
     lost = sum((refused / file.name).exists() for file in ended)
-    sent = len(ended) - len(waiting) - lost
-    message = f"tracking: {sent} runs sent now (others while they ran), {len(waiting)} waiting; {_where_to_look()}"
-    if waiting:
-        message += f"\n  The store does not answer ({folder}/mirror.log). The next stage tries again, or the same command."
-    if lost:
-        message += f"\n  {lost} runs were refused ({folder}/mirror.log says why). The same command tries again."
-    return message
+    return Sent(len(ended) - len(waiting) - lost, len(waiting), lost)
 
 
-def _flush_in(worktree: Path, timeout: float) -> str:
-    """`flush` of a flow's worktree, kept for its journals; in its folder, as they name files from there."""
-    command = [sys.executable, "-m", "pipeline.tracking", "flush", "--timeout", str(timeout)]
-    done = subprocess.run(command, cwd=worktree, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    return done.stdout.strip() or done.stderr.strip()
+def _send_in(worktree: Path, timeout: float) -> Sent:
+    """`send` of a flow's worktree, kept for its journals; in its folder, as they name files from there."""
+    command = [sys.executable, "-m", "pipeline.tracking", "flush", "--count", "--timeout", str(timeout)]
+    done = subprocess.run(command, cwd=worktree, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:  # its traceback is on stderr; a worktree of an older commit knows no --count
+        return Sent(0, sum(1 for _ in (worktree / JOURNALS).rglob("*.jsonl")), 0)
+    return Sent(*json.loads(done.stdout.splitlines()[-1]))
 
 
 def _where_to_look() -> str:
@@ -81,13 +108,13 @@ def main() -> None:
     parser.add_argument("command", choices=["flush", "follow"], help="flush: send what waits; follow: what the stages start")
     parser.add_argument("--folder", type=Path, default=JOURNALS, help="the folder of the journals")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="how long flush waits")
+    parser.add_argument("--count", action="store_true", help="flush of this folder alone; [sent, waiting, refused] as JSON")
     args = parser.parse_args()
     credentials.mask_output()
-    if args.command == "flush":
+    if args.command == "flush" and args.count:
+        sys.stdout.write(json.dumps(send(args.folder, args.timeout)) + "\n")
+    elif args.command == "flush":
         sys.stdout.write(flush(args.folder, args.timeout) + "\n")
-        for worktree in sorted(WORKTREES.glob("*")):
-            if any((worktree / JOURNALS).rglob("*.jsonl")):
-                sys.stdout.write(f"{worktree}: {_flush_in(worktree, args.timeout)}\n")
     else:
         os.nice(5)
         Mirror(args.folder).follow()

@@ -34,6 +34,7 @@ from pipeline.tracking.comparison import complete
 from pipeline.tracking.experiment import Experiment
 
 MODEL, CHAMPION = "winnow", "champion"
+VARIANT = "winnow.variant"  # of a sweep in one flow run; given in WINNOW_TAGS
 COMPARISON = "compare"  # the stage whose results name the best student
 DATA = Path("data")
 
@@ -57,7 +58,8 @@ def summarise(experiment: Experiment, stages: Sequence[str], tags: Mapping[str, 
     own = experiment.search("prefect.flow_run_id", flow_run) if flow_run else []
     for run in own:
         made_here = run.data.tags.get("winnow.stage") in (COMPARISON, "pipeline")
-        if made_here and run.info.status == "FINISHED" and "mlflow.parentRunId" not in run.data.tags:
+        same = run.data.tags.get(VARIANT) == tags.get(VARIANT)
+        if made_here and same and run.info.status == "FINISHED" and "mlflow.parentRunId" not in run.data.tags:
             experiment.client.set_tag(run.info.run_id, "winnow.dvc_lock", lock_hash())
             return str(run.info.run_id)
     lineage, now = records(stages), time.time()

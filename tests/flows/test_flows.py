@@ -1,6 +1,8 @@
 """The flow on small DVC projects of shell commands: what runs, what is cached, what is tried again, and what is left behind."""
 
 import asyncio
+import gc
+import http.server
 import json
 import logging
 import re
@@ -8,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +20,16 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import TaskRun
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import attempt, child, dag, plan, tasks, tracking, worktree
+from flows import attempt, child, dag, plan, sweep, tasks, tracking, variant, worktree
+from flows.adapter import dvc, prefect
 from flows.winnow import winnow
+from tests.tiny import leaned_on
 
 pytestmark = [pytest.mark.flows, pytest.mark.filterwarnings("ignore")]  # Prefect's own warnings
 
@@ -59,6 +66,7 @@ stages:
 """
 PARAMS = "make: {text: hello, n: 1}  # a comment\nuse: {a: {by: 1}, b: {by: 2}}\n"
 
+CACHED = {"make": "Cached", "use@a": "Cached", "use@b": "Cached", "last": "Cached"}
 ESTIMATE = {
     "cores": 2,
     "cpu": "a processor",
@@ -96,9 +104,9 @@ def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sh(folder, "git", "config", "user.email", "n@example.org")
     monkeypatch.chdir(folder)
     for asks_of_winnow in ("check", "scan"):  # these projects have none of its params,
-        monkeypatch.setattr(f"flows.winnow.{asks_of_winnow}", nothing)
+        monkeypatch.setattr(f"flows.variant.{asks_of_winnow}", nothing)
     monkeypatch.setattr(plan, "estimating", lambda *_: ["echo", json.dumps(ESTIMATE)])  # nor has it heard of their stages,
-    for sends_to_mlflow in ("flush", "report"):  # and nothing to tell it
+    for sends_to_mlflow in ("flush", "compared", "linked"):  # and nothing to tell it
         monkeypatch.setattr(tracking, sends_to_mlflow, nothing)
     return folder
 
@@ -110,6 +118,9 @@ async def nothing(*_: Any) -> None: ...
 def server() -> Iterator[None]:
     with prefect_test_harness(server_startup_timeout=120):
         yield
+    with warnings.catch_warnings():  # Prefect leaves connections to the server open, and says so when they are collected
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def play(**parameters: Any) -> dict[str, str]:
@@ -135,8 +146,7 @@ async def plan_and_log() -> tuple[str, str]:
     """The artifact with the plan of the latest flow run, and its log."""
     async with get_client() as client:
         run = max(await client.read_flow_runs(limit=200), key=lambda r: r.created or 0)
-        key = f"winnow-plan-{str(run.id)[-12:]}"
-        (artifact,) = [a for a in await client.read_artifacts() if a.key == key]
+        (artifact,) = [a for a in await client.read_artifacts() if a.key == "winnow-plan" and a.flow_run_id == run.id]
         of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
         for _ in range(100):  # logs arrive in batches
             said = "\n".join(log.message for log in await client.read_logs(of_run))
@@ -144,6 +154,13 @@ async def plan_and_log() -> tuple[str, str]:
                 break
             await asyncio.sleep(0.1)
         return str(artifact.data), said
+
+
+async def artifacts(key: str) -> list[str]:
+    """What the latest flow run shows under a key."""
+    async with get_client() as client:
+        run = max(await client.read_flow_runs(limit=200), key=lambda r: r.created or 0)
+        return [str(a.data) for a in await client.read_artifacts() if a.key == key and a.flow_run_id == run.id]
 
 
 def processes_with(word: str) -> list[int]:
@@ -275,14 +292,16 @@ def test_only_what_is_stale_runs(project: Path, server: None) -> None:
     lock = (project / "dvc.lock").read_text()
     shown, said = asyncio.run(plan_and_log())
     assert "| use@a | 1:00 | probe | has not run here yet |" in shown
-    assert "4 to run, 0 from DVC's cache, 0 stages are up to date. About 4:00 on 2 cores of a processor" in said
+    told = " ".join(said.split())
+    assert "use@a 1:00 probe has not run here yet" in told
+    assert "4 to run, 0 from DVC's cache, 0 stages are up to date. About 4:00 on 2 cores of a processor" in told
     assert re.search(r"last: 4 of 4 stages have run, none is left", said)
     assert set(play().values()) == {"Cached"}
     (project / "params.yaml").write_text(PARAMS.replace("by: 1", "by: 3"))
     assert play() == {"make": "Cached", "use@a": "Completed", "use@b": "Cached", "last": "Cached"}
     (project / "params.yaml").write_text(PARAMS)
     (project / "data/last").unlink()
-    assert play(targets=["last"]) == {"make": "Cached", "use@a": "Restored", "use@b": "Cached", "last": "Restored"}
+    assert play(targets=["last"]) == {**CACHED, "restore": "Completed", "use@a": "Restored", "last": "Restored"}
     assert (project / "dvc.lock").read_text() == lock
     assert play(targets=["use@b"], force=True) == {"make": "Completed", "use@b": "Completed"}
 
@@ -311,7 +330,7 @@ def test_a_stage_that_looks_each_time_decides_what_is_stale(project: Path, serve
 def test_a_failure_holds_up_what_needs_it_and_nothing_else(project: Path, server: None) -> None:
     text = DVC_YAML.replace("cat data/made > data/use/${key}/it", "test ${key} != a && cat data/made > data/use/${key}/it")
     (project / "dvc.yaml").write_text(text)
-    assert play() == {"make": "Completed", "use@a": "Failed", "use@b": "Completed"}
+    assert play() == {"make": "Completed", "use@a": "Failed", "use@b": "Completed", "last": "NotReady"}
 
 
 def test_a_killed_stage_is_tried_again(project: Path, server: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,10 +356,96 @@ def test_a_stage_beyond_its_time_limit_is_ended(project: Path, server: None) -> 
     assert processes_with("4323.5") == []
 
 
+def test_what_prefect_shows_to_a_retry_condition(server: None) -> None:
+    seen = []
+
+    def condition(_: Any, __: Any, state: Any) -> bool:
+        seen.append(prefect.raised(state))
+        return False
+
+    @task(retries=1, retry_condition_fn=condition)
+    async def fails() -> None:
+        raise attempt.StageFailed("killed", again=True)
+
+    @task(retries=1, retry_condition_fn=condition, timeout_seconds=0.1)
+    async def sleeps() -> None:
+        await asyncio.sleep(60)
+
+    @flow
+    async def both() -> None:
+        for attempted in (fails, sleeps):
+            state: Any = attempted(return_state=True)
+            await state
+
+    part = "`state.data` in a retry_condition_fn, and TaskRunTimeoutError (flows/adapter/prefect.py)"
+    with leaned_on("prefect", prefect.KNOWN, part):
+        asyncio.run(both())
+        assert sorted((type(why).__name__, prefect.timed_out(why)) for why in seen) == [
+            ("StageFailed", False),
+            ("TaskRunTimeoutError", True),
+        ]
+
+
+def test_what_dvc_has_does_not_wait_for_a_worker(project: Path, server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sh(project, "dvc", "repro", "-q")
+    shutil.rmtree(project / "data/use/a")
+    (project / "data/last").unlink()
+    (project / "params.yaml").write_text(PARAMS.replace("by: 2", "by: 5"))
+    asked = []
+
+    async def deployment() -> tuple[str, frozenset[str]]:
+        return "stage/gpu", frozenset({"use"})
+
+    async def elsewhere(stage: str, *_: Any) -> str:
+        asked.append(stage)
+        raise attempt.StageFailed("no worker is there", again=False)
+
+    monkeypatch.setattr("flows.winnow.gpu_deployment", deployment)
+    monkeypatch.setattr(tasks, "run_elsewhere", elsewhere)
+    ended = {"make": "Cached", "restore": "Completed", "use@a": "Restored", "use@b": "Failed", "last": "NotReady"}
+    assert play(elsewhere=True) == ended
+    assert asked == ["use@b"]
+    assert (project / "data/use/a/it").read_text() == "hello"
+
+
+def test_nothing_is_run_while_restoring(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "make.sh").write_text("sleep 4324.5\n")
+    monkeypatch.setattr(attempt, "get_run_logger", lambda: logging.getLogger("test"))
+    assert asyncio.run(attempt.restore(["make"], attempt.Where(project, project, force=False))) == []
+    assert processes_with("4324.5") == []
+
+
+def test_an_mlflow_is_linked_where_one_answers() -> None:
+    class MLflow(http.server.BaseHTTPRequestHandler):
+        said = b"OK"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.said if self.path == "/health" else b"")
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), MLflow) as there:
+        threading.Thread(target=there.serve_forever, daemon=True).start()
+        link = f"http://127.0.0.1:{there.server_port}/#/experiments/1"
+        assert asyncio.run(tracking.listens(link))
+        MLflow.said = b"another program"
+        assert not asyncio.run(tracking.listens(link))
+        there.shutdown()
+    assert not asyncio.run(tracking.listens(link))
+
+
 def test_a_variant_leaves_the_workspace_alone(project: Path, server: None) -> None:
     play()
     before = {p: p.read_bytes() for p in (project / "params.yaml", project / "dvc.lock", project / "data/last")}
-    assert play(set_params=["use.a.by=9"]) == {"make": "Restored", "use@a": "Completed", "use@b": "Restored", "last": "Restored"}
+    assert play(set_params=["use.a.by=9"]) == {
+        "restore": "Completed",
+        "make": "Restored",
+        "use@a": "Completed",
+        "use@b": "Restored",
+        "last": "Restored",
+    }
     planned, _ = asyncio.run(plan_and_log())  # of the folder of the variant, which is not the one that the flow works in
     assert "use.a.by: " in planned
     assert {p: p.read_bytes() for p in before} == before
@@ -374,6 +479,88 @@ def test_a_variant_of_some_stages_is_an_experiment_too(project: Path, server: No
     assert not (project / "data").exists()
 
 
+# Sweeps
+
+
+def test_a_sweep_is_one_run_with_one_comparison(project: Path, server: None) -> None:
+    changed = DVC_YAML.replace("""'{"n":1}'""", """'{"n":'${use.${key}.by}'}'""")
+    (project / "dvc.yaml").write_text(changed.replace("${use.${key}.by}", "${item.by}"))
+    assert play(set_params=["use.a.by=3,4", "make.n=7"], targets=["use@a"]) == {
+        "make [3]": "Completed",
+        "use@a [3]": "Completed",
+        "make [4]": "Restored",  # the same as in the first variant
+        "use@a [4]": "Completed",
+    }
+    (comparison,) = asyncio.run(artifacts("winnow-comparison"))
+    assert comparison.splitlines()[:4] == [
+        "| `use.a.by` |  | n |",
+        "| --- | --- | ---: |",
+        "| 3 | done | 3 |",
+        "| 4 | done | 4 |",
+    ]
+    (planned,) = asyncio.run(artifacts("winnow-plan"))
+    assert "### 4" in planned
+    assert "; the same as make [3] |" in planned
+    names = sh(project, "dvc", "exp", "list", "--name-only").split()
+    assert sorted(name[: name.rindex("-")] for name in names) == ["use-a-by-3-make-n-7", "use-a-by-4-make-n-7"]
+    assert list((project / worktree.WORKTREES).iterdir()) == []
+    assert (project / "params.yaml").read_text() == PARAMS
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["use.a.by=1,2", "use.c.by=1,2"], r"(?s)params: .*use\.c.*In set_params: use\.a\.by=1 use\.c\.by=1\. Nothing was run\."),
+        (["use.a.by=range(0,3)", "make.n=range(0,6)"], r"3 x 6 values of use\.a\.by, make\.n are more than 16 combinations"),
+        (["use.a.by=range(0,1000000)"], r"more than 16 values of use\.a\.by are more than 16 combinations"),
+        (["use.a.by==[1"], r"params: use\.a\.by==\[1: "),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_is_made(project: Path, changes: list[str], told: str) -> None:
+    async def prepare() -> None:
+        await variant.check_all(project, variant.combinations(changes, 16))
+
+    with pytest.raises(variant.WrongParams, match=told):
+        asyncio.run(prepare())
+    assert not (project / ".scratch").exists()
+
+
+def test_models_that_are_the_same_in_all_variants_are_compared_once(tmp_path: Path) -> None:
+    variants = []
+    for label, of_ssld in (("js", "1"), ("0.5", "2"), ("1", "2")):
+        (tmp_path / label).mkdir()
+        outs = {"teacher": "0", "ssld": of_ssld}
+        stages = {f"evaluate@{e}": {"cmd": "x", "outs": [{"path": f"data/evaluate/{e}", "md5": md5}]} for e, md5 in outs.items()}
+        (tmp_path / label / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+        where = attempt.Where(tmp_path / label, tmp_path, force=False, label=label)
+        graph = dag.Dag(dict.fromkeys(stages, frozenset[str]()))
+        variants.append(variant.Variant(variant.Combination((), label), where, graph, list(stages), {}, {}))
+    found = sweep.entries(variants)
+    assert {name: (v.where.label, entry) for name, (v, entry) in found.items()} == {
+        "teacher": ("js", "teacher"), "ssld--js": ("js", "ssld"), "ssld--0-5": ("0.5", "ssld"),
+    }  # fmt: skip
+
+
+def test_a_dvc_that_cannot_be_asked_costs_only_lineage(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def another(_: Path) -> dict[str, dvc.Read]:
+        raise dvc.AnotherDVC("DVC 9.9 is installed")
+
+    monkeypatch.setattr(dvc, "stages", another)
+    monkeypatch.setattr(variant, "get_run_logger", lambda: logging.getLogger("test"))
+    assert variant._reads(Path()) == {}
+    assert "DVC 9.9 is installed" in caplog.text
+
+
+def test_variants_are_told_apart_by_what_varies() -> None:
+    of_two = variant.combinations(["a.b=js,sym_kl", "seed=1,2", "n=[1,2]"], 4)
+    assert [one.label for one in of_two] == ["js-1", "js-2", "sym-kl-1", "sym-kl-2"]
+    assert of_two[1].set_params == ["a.b=js", "seed=2", "n=[1,2]"]
+    assert of_two[1].values == {"a.b": "js", "seed": "2"}
+    assert [one.label for one in variant.combinations(["a='x y',x_y"], 4)] == ["x-y-1", "x-y-2"]
+    assert variant.combinations(["n=[1,2]"], 1) == [variant.Combination(["n=[1,2]"])]
+    assert variant.combinations([], 1) == [variant.Combination([])]
+
+
 # Another machine
 
 
@@ -389,8 +576,17 @@ def test_what_could_not_be_pushed_is_pushed_by_the_next_attempt(
                 raise attempt.StageFailed("the remote is away", again=True)
 
     monkeypatch.setattr(attempt, "exchange", exchange)
+    monkeypatch.setattr(dag, "has_remote", lambda _: True)
     monkeypatch.setattr(tasks, "RETRY_SECONDS", [0])
     assert play(targets=["make"], retries=1) == {"make": "Completed"}  # by the first attempt; the second one only pushed
+    assert pushed == ["make", "make"]
+    assert play(targets=["make"]) == {"make": "Cached"}
+    pushed.clear()
+    (project / "params.yaml").write_text(PARAMS.replace("hello", "bye"))
+    assert play(targets=["make"], retries=0) == {"make": "Failed"}  # it was made, and nobody else has it
+    assert (project / "data/made").read_text() == "bye"
+    assert play(targets=["make"]) == {"make": "Pushed"}
+    assert play(targets=["make"]) == {"make": "Cached"}
     assert pushed == ["make", "make"]
 
 
@@ -406,11 +602,11 @@ def test_a_failed_push_says_why() -> None:
 
 
 def test_outcomes_are_counted_by_what_happened() -> None:
-    outcomes = attempt.Outcomes()
-    for stage, outcome in (("a", "Completed"), ("a", "Cached"), ("b", "Restored"), ("c", "Restored"), ("d", "Cached")):
-        outcomes.keep(stage, outcome)
-    assert outcomes.told(cached=2) == "1 stage run, 2 restored, 3 cached"
-    assert outcomes.told(cached=4) == "4 stages cached"
+    assert (
+        attempt.told(["Completed", "Restored", "Cached", "Restored", "Pushed"]) == "1 stage run, 2 restored, 1 pushed, 1 cached"
+    )
+    assert attempt.told(["Cached"] * 4) == "4 stages cached"
+    assert attempt.told([]) == "0 stages cached"
 
 
 def test_a_remote_that_is_not_mounted_is_refused(project: Path, tmp_path: Path) -> None:

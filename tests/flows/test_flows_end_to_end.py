@@ -4,6 +4,7 @@ All of it on loopback, on free ports, in temporary folders; everything that is s
 """
 
 import contextlib
+import http.server
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,11 +109,13 @@ class Site:
 
     def artifacts(self, run: str) -> dict[str, Any]:
         found = self.ask("artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
-        return {a["key"].removeprefix("winnow-").removesuffix(f"-{run[-12:]}"): a for a in found if a["key"]}
+        return {a["key"].removeprefix("winnow-"): a for a in found if a["key"]}
 
     def log(self, run: str) -> str:
-        lines = self.ask("logs/filter", logs={"flow_run_id": {"any_": [run]}}, limit=200)
-        return "\n".join(line["message"] for line in lines)
+        lines: list[str] = []
+        while page := self.ask("logs/filter", logs={"flow_run_id": {"any_": [run]}}, limit=200, offset=len(lines)):
+            lines += [line["message"] for line in page]
+        return "\n".join(lines)
 
     def until(self, true: Callable[[], Any], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -226,6 +230,7 @@ def test_the_whole_pipeline_over_two_pools(site: Site, first: First) -> None:
     assert "| ssld " in made["comparison"]["data"]
     assert "| distil@ssld |" in made["plan"]["data"]
     assert "/runs/" in made["mlflow-run"]["data"]
+    assert (made["mlflow-run"]["type"], "mlflow ui --backend" in made["mlflow-run"]["data"]) == ("markdown", True)  # none listens
 
 
 def test_mlflow_has_one_run_for_all_of_it_and_one_for_each_model(first: First) -> None:
@@ -258,6 +263,75 @@ def test_a_cancelled_run_leaves_no_process_and_no_trace_in_the_clone(site: Site,
     site.until(lambda: not working_in(site.cpu, "pipeline.stages"), 20)
     assert not working_in(site.cpu, "dvc")
     assert ((site.cpu / "params.yaml").read_bytes(), (site.cpu / "dvc.lock").read_bytes()) == before
+
+
+def test_another_worker_goes_on_at_the_checkpoint_of_one_that_was_killed(site: Site, first: First) -> None:
+    """A machine that is taken away in the middle of a training, and a worker on another one that sees its disk."""
+    changes = ["trainings.brief.steps=300", "+machine.checkpoint_minutes=0.002"]
+    run = site.run(targets=["teach@teacher"], set_params=changes)
+    checkpoint = ".scratch/worktrees/*/.scratch/teach.teacher/*/checkpoint/done.json"
+    site.until(lambda: list(site.cpu.glob(checkpoint)), 120)
+    while processes := working_in(site.cpu, ""):
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.1)
+    step = json.loads(next(site.cpu.glob(checkpoint)).read_text())["step"]
+    lost = yaml.safe_load((ROOT / "flows/lost_runs.yaml").read_text())["automations"][0]["actions"][0]
+    for state in ({"type": lost["state"]}, {"type": "SCHEDULED", "name": "AwaitingRetry"}):  # by the automation; Retry in the UI
+        answer = site.ask(f"flow_runs/{run}/set_state", state={**state, "message": lost["message"]}, force=False)
+        assert answer["status"] == "ACCEPT", answer
+    site.worker("cpu")
+    assert site.finished(run) == "Completed", site.log(run) + site.logs()
+    assert f"training: goes on at {step:,} of 300 steps" in site.log(run)
+    assert site.stages(run)["teach@teacher"] == "Completed"
+
+
+def test_a_run_that_fails_is_told_to_a_webhook(site: Site) -> None:
+    received: list[dict[str, str]] = []
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for _ in range(2):  # the second takes the place of the first
+            site.sh(site.cpu, sys.executable, "-m", "flows", "notify", f"http://127.0.0.1:{server.server_port}/hook")
+        for flow, name in (("stage", "teach@teacher"), ("winnow", 'everything "quoted"')):
+            known = site.ask("flows/", name=flow)["id"]
+            made = site.ask("flow_runs/", flow_id=known, name=name, state={"type": "PENDING"})["id"]
+            site.ask(f"flow_runs/{made}/set_state", state={"type": "FAILED", "message": "teach@teacher:\nno room"}, force=True)
+        site.until(lambda: received, 30)
+        server.shutdown()
+    (told,) = received
+    assert told["text"].startswith('winnow: everything "quoted": Failed. teach@teacher:\nno room')
+
+
+def test_what_is_made_is_an_asset_of_what_it_was_made_of(site: Site, first: First) -> None:
+    name = "prefect.asset.materialization.succeeded"
+    about = {"id": ["dvc://data/distil/ssld"]}
+    found = site.ask("events/filter", filter={"event": {"name": [name]}, "resource": about, "any_resource": about}, limit=10)
+    (made,) = [e for e in found["events"] if any(first.run in str(r.values()) for r in e["related"])]
+    of = {r["prefect.resource.id"] for r in made["related"] if r.get("prefect.resource.role") == "asset"}
+    assert of >= {"dvc://data/dedup/train", "dvc://data/teach/teacher", "dvc://data/select/top", "dvc://data/scratch"}
+    (out,) = yaml.safe_load((site.cpu / "dvc.lock").read_text())["stages"]["distil@ssld"]["outs"][:1]
+    assert (made["payload"]["md5"], made["payload"]["stage"]) == (out["md5"], "distil@ssld")
+
+
+def test_the_form_of_a_run_has_choices_and_descriptions(site: Site) -> None:
+    form = httpx.get(f"{site.api}/deployments/name/winnow/cpu", timeout=30).json()["parameter_openapi_schema"]["properties"]
+    assert all(field["description"] for field in form.values())
+    chosen = form["targets"]["items"]["enum"]
+    assert {"distil", "distil@ssld", "compare"} <= set(chosen)
+    assert form["at_once"]["minimum"] == 1
+    run = site.run(targets=["nothing"])
+    assert site.finished(run) == "Failed"
+    assert "there is no stage 'nothing' in dvc.yaml. There are: draw@scenes, " in site.log(run)
 
 
 def test_the_deployment_has_a_schedule_that_is_off(site: Site) -> None:

@@ -1,5 +1,6 @@
 """The plan of a run in words: what changed, what that takes, and what of it is left. No DVC is asked, and no server."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from flows import dag, plan
+from flows.adapter import dvc
 from flows.dag import Dag
 from flows.plan import ABSENT, Plan, Row
 from pipeline.harness import durations
@@ -46,7 +48,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def why(folder: Path, **changes: Any) -> dict[str, str]:
-    changed = {name.replace("_", "@"): [what] for name, what in changes.items()}
+    """`changes`: what `dvc status --json` says of a stage."""
+    changed = dvc.changes(json.dumps({name.replace("_", "@"): [what] for name, what in changes.items()}))
     stale = GRAPH.affected(changed)
     return plan.reasons(folder, GRAPH, stale, stale, changed)
 
@@ -77,10 +80,11 @@ def test_a_changed_folder_of_code_is_told_by_its_files(folder: Path) -> None:
 def test_a_stage_that_looks_each_time_is_told_and_what_needs_it_is_taken_to_be_as_it_was(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"teach@a": ["always changed"]}
+    changes = dvc.changes(json.dumps({"teach@a": ["always changed"]}))
     assert dag.looking(changes) == ["teach@a"]
-    assert dag.looking({"teach@a": ["always changed", {"changed outs": {"data/teach/a": "deleted"}}]}) == []
-    monkeypatch.setattr(dag, "restorable", lambda *_: dict.fromkeys(GRAPH.needs, True))
+    told = ["always changed", {"changed outs": {"data/teach/a": "deleted"}}]
+    assert dag.looking(dvc.changes(json.dumps({"teach@a": told}))) == []
+    monkeypatch.setattr(dvc, "restorable", lambda *_: dict.fromkeys(GRAPH.needs, True))
     found = plan.looked(folder, GRAPH, list(GRAPH.needs), changes, False)
     assert (found.todo, found.runs, found.current) == (["teach@a"], ["teach@a"], 2)
     assert found.why["teach@a"].startswith("looks at its address anew each time")

@@ -77,10 +77,13 @@ def test_a_run_without_a_comparison_has_a_run_of_its_own(store: Experiment, monk
         "distil.ssld": "executed",
     }
     assert children["distil.ssld"]["prefect.flow_run_id"] == "f1"
-    # Asked again, it is the same run; for another flow run it is another, of unchanged stages.
+    # Asked again, it is the same run; for another flow run, or a variant of it, it is another, of unchanged stages.
     assert champion.summarise(store, ["distil.ssld"], TAGS) == run_id
     other = champion.summarise(store, ["distil.ssld"], {**TAGS, "prefect.flow_run_id": "f2"})
     assert other != run_id
+    of_a_variant = champion.summarise(store, ["distil.ssld"], {**TAGS, champion.VARIANT: "js"})
+    assert of_a_variant not in (run_id, other)
+    assert champion.summarise(store, ["distil.ssld"], TAGS) == run_id
     statuses = [r.data.tags["winnow.status"] for r in runs(store) if r.data.tags.get("mlflow.parentRunId") == other]
     assert statuses == ["unchanged", "unchanged"]
 

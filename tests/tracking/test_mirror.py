@@ -591,19 +591,28 @@ def test_files_lie_beside_the_database_wherever_a_run_works(
     assert store.client.get_experiment(made).artifact_location == (tmp_path / "mlartifacts").as_uri()
 
 
-def test_flush_goes_over_worktrees_that_were_kept_for_their_journals(
+def test_flush_counts_the_runs_of_worktrees_that_were_kept_for_their_journals(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, kept in (("a", "journal/x.jsonl"), ("b", "journal/refused/x.jsonl"), ("c", "journal/mirror.log")):
         file = project / ".scratch/worktrees" / name / ".scratch" / kept
         file.parent.mkdir(parents=True)
         file.touch()
-    monkeypatch.setattr(sys, "argv", ["tracking", "flush"])
-    monkeypatch.setattr(__main__, "flush", lambda *_: "here")
-    monkeypatch.setattr(__main__, "_flush_in", lambda folder, _: f"{folder.name} is flushed")
-    __main__.main()
-    said = capsys.readouterr().out
-    assert said.splitlines() == ["here", *(f".scratch/worktrees/{n}: {n} is flushed" for n in "ab")]
+    counts = {"a": __main__.Sent(2, 1, 0), "b": __main__.Sent(1, 0, 3)}
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", ["tracking", "flush"])
+        patched.setattr(__main__, "send", lambda *_: __main__.Sent(4, 0, 0))
+        patched.setattr(__main__, "_send_in", lambda folder, _: counts[folder.name])
+        __main__.main()
+    told, *more = [line for line in capsys.readouterr().out.splitlines() if "http" not in line]
+    assert told.startswith("tracking: 7 runs sent now (others while they ran), of 2 other folders, too, 1 waiting; ")
+    assert more == [
+        "  The store does not answer (.scratch/worktrees/a/.scratch/journal/mirror.log). The next stage tries again, or the same "
+        "command.",
+        "  3 runs were refused (.scratch/worktrees/b/.scratch/journal/mirror.log says why). The same command tries again.",
+    ]
+    monkeypatch.setenv("PYTHONPATH", str(Path(__main__.__file__).parents[2]))
+    assert __main__._send_in(project / ".scratch/worktrees/a", 0.0) == __main__.Sent(0, 1, 0)
 
 
 def test_a_password_in_the_address_of_the_store_is_in_no_file_and_no_log(
