@@ -71,11 +71,15 @@ def test_the_recipe_for_own_photographs_runs(tmp_path: Path, monkeypatch: pytest
     assert set(manifest.read(Path("data/pack/top")).table["height"].to_pylist()) == {32}
     for add, run, given in (
         (arguments.add_forecast, forecast.run, ["data/score/teacher"]),
-        (arguments.add_gallery, gallery.run, ["data/select/top", "--student", "data/distil/tiny", "--out", "selection.html"]),
+        (
+            arguments.add_gallery,
+            gallery.run,
+            ["data/select/top", "--student", "data/distil/tiny", "--out", "selection.html", "--device", "cpu"],
+        ),
     ):
         parser = argparse.ArgumentParser()
         add(parser)
-        assert run(parser.parse_args([*given, "--device", "cpu"]))
+        assert run(parser.parse_args(given))
     assert "data/distil/tiny" in Path("selection.html").read_text()
 
 
