@@ -79,7 +79,7 @@ def test_dvc_repro_runs_nothing_that_a_params_file_holds(tmp_path: Path) -> None
     tree["prepare"]["root"] = "data/$(touch F)`touch F`'\"; touch F; '\""
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
     shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    for folder in (tree["prepare"]["root"], "data/raw/$(touch F)"):
+    for folder in (tree["prepare"]["root"], "data/raw/$(touch F)", "data/remote"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" "$DVC_STAGE" >> {tmp_path}/given\nexit 1\n')

@@ -85,7 +85,11 @@ class Site:
         return done.stdout
 
     def ask(self, path: str, **body: Any) -> Any:
-        answer = httpx.post(f"{self.api}/{path}", json=body, timeout=30)
+        for _ in range(20):
+            answer = httpx.post(f"{self.api}/{path}", json=body, timeout=30)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:  # its database is locked: ask again, as its own client does
+                break
+            time.sleep(1)
         assert answer.is_success, answer.text
         return answer.json()
 

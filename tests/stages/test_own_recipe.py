@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import shutil
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def run_all(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv("DVC_STAGE", f"dvc.yaml:{name}" if key is None else f"dvc.yaml:{name}@{key}")
             cmd = stanza["cmd"] if key is None else stanza["do"]["cmd"]
             run = importlib.import_module(f"pipeline.stages.{name}").run
-            stage._main(run, cmd.split()[3:], False, "evaluate" if name == "compare" else None)
+            gathers = "evaluate" if name == "compare" else None
+            copy_context().run(stage._main, run, cmd.split()[3:], False, gathers)  # which names the stage at work
 
 
 def test_the_recipe_for_own_photographs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

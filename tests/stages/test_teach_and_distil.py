@@ -219,7 +219,7 @@ def test_scores_do_not_depend_on_shards_or_on_a_kill(data: Path, tmp_path: Path,
         scored(data, teacher, tmp_path / "b" / "out")
     assert not (tmp_path / "b" / "out").exists()
     resumed = pq.read_table(scored(data, teacher, tmp_path / "b" / "out") / "scores.parquet")
-    assert len(calls) == 4  # one shard was done, one died, two were left
+    assert len(calls) == 5  # one shard was done, one died, two were left; and the held-out images
     assert resumed["class_0"] == whole["class_0"]
     assert np.allclose(resumed["logit_0"], whole["logit_0"], atol=1e-4)
 
