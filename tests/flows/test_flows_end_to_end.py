@@ -109,6 +109,7 @@ class Site:
     def stages(self, run: str) -> dict[str, str]:
         time.sleep(1)  # task runs arrive as events
         tasks = self.ask("task_runs/filter", flow_runs={"id": {"any_": [run]}})
+        tasks.sort(key=lambda t: t["created"])  # of a stage that was begun twice the second counts
         return {t["name"]: t["state_name"] for t in tasks if not t["task_key"].startswith("prefect.deployments")}
 
     def artifacts(self, run: str) -> dict[str, Any]:
