@@ -18,7 +18,6 @@ from pipeline.harness.job import Job
 from pipeline.harness.journal import Journal
 from pipeline.harness.machine import Machine
 from pipeline.report import purity
-from pipeline.report.purity import Answers
 from pipeline.stages import distil, draw, prepare, score, select, teach
 from pipeline.store import manifest, scores
 
@@ -46,9 +45,7 @@ def main() -> None:
     made(args, machine)
     pool, val = (manifest.read(data / name) for name in ("pool", "val"))
     scored = scores.open_scores(data / "score")
-    said, held = forecast.of_scores(scored), scored.held()
-    asked = Answers.of_table(held, scored.m)
-    is_right = asked.first == held["label"].to_numpy()
+    said, (asked, is_right) = forecast.of_scores(scored), purity.held_out(scored)
     estimate = purity.estimate(said, asked, is_right, len(scored.classes))
     truth = from_table(data / "truth" / "truth.parquet", pool.table["id"].to_pylist(), scored.classes)
     expected = forecast.selections(said, estimate.pure, len(scored.classes), args.k)

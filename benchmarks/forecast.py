@@ -40,9 +40,7 @@ def main() -> None:
         scored = of_pool(artifact.verify(folder), args.data / "pool", len(ids))
         classes = scored.classes
         held = from_table(args.truth, ids, classes) if args.truth else from_folders(ids, classes, args.same)
-        said = scored.held()
-        asked, pool = Answers.of_table(said, scored.m), forecast.of_scores(scored)
-        is_right = asked.first == said["label"].to_numpy()
+        (asked, is_right), pool = purity.held_out(scored), forecast.of_scores(scored)
         for share in (None, *args.shares):
             rows = np.arange(len(ids)) if share is None else thinned(held, share, args.most)
             print(f"| {folder.name} | {row(pool.take(rows), asked, is_right, held[rows], len(classes))} |", flush=True)

@@ -25,7 +25,7 @@ class Check:
     def __init__(self, val: Sequence[np.ndarray]) -> None:
         self.val = [features.extract(image) for image in val]
         bag = features.bag([picture.features for picture in self.val])
-        large = np.array([picture.detail >= features.LOOK for picture in self.val])
+        large = np.array([picture.is_large for picture in self.val])
         self.index = index.VotingIndex.build(len(bag.owner), [bag], bag.descriptors, large)
         among = search.findings(iter(self.val), self.index, self.val, itself=True)
         self.among = [row for row in among if row.get("match") is not None and row["row"] > row["match"]]

@@ -48,24 +48,23 @@ def run(args: argparse.Namespace) -> str:
     """The forecast as text. Raises UserError for what cannot be used."""
     teacher = selection.teacher_of(artifact.verify(args.scores))
     scored = of_pool(args.scores, args.data / "pool", len(manifest.read(args.data / "pool")))
-    held, train = scored.held(), manifest.read(args.data / "train")
-    if len(held) < 2 * purity.FOLDS:
-        raise UserError(f"the scores have {len(held)} held-out images: too few to say anything. Raise `prepare.holdout`.")
+    (asked, is_right), train = purity.held_out(scored), manifest.read(args.data / "train")
+    if len(is_right) < 2 * purity.FOLDS:
+        raise UserError(f"the scores have {len(is_right)} held-out images: too few to say anything. Raise `prepare.holdout`.")
     if scored.m < 2:
         raise UserError(f"{args.scores} holds one class of each image: how far the second stands behind is needed. Raise `m`.")
     classes = scored.classes
-    pool, asked = of_scores(scored), Answers.of_table(held, scored.m)
-    is_right = asked.first == held["label"].to_numpy()
+    pool = of_scores(scored)
     estimate = purity.estimate(pool, asked, is_right, len(classes))
     labelled = max(1, round(len(train) / len(classes)))
     found = selections(pool, estimate.pure, len(classes), args.k or ladder(np.bincount(pool.first).max()))
     if args.csv:
         _write(args.csv, found, classes)
     head = (
-        f"{len(pool.first):,} images of the pool, scored by {teacher}, which names {is_right.mean():.1%} of {len(held):,} "
+        f"{len(pool.first):,} images of the pool, scored by {teacher}, which names {is_right.mean():.1%} of {len(is_right):,} "
         f"held-out images right.\nAbout {estimate.share:.0%} of the pool seem to belong to one of the {len(classes):,} classes.\n"
     )
-    return "\n".join([head, table(found), "", *advice(found, labelled, float(is_right.mean()), classes, len(held))])
+    return "\n".join([head, table(found), "", *advice(found, labelled, float(is_right.mean()), classes, len(is_right))])
 
 
 def of_scores(scored: Scores) -> Answers:

@@ -70,6 +70,11 @@ class Picture(NamedTuple):
         """The longest side in pixels that carry information: that of the original, where that is less than LOOK."""
         return max(self.grey.shape)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether it has at least LOOK pixels: of a smaller image few features are found again in a copy."""
+        return self.detail >= LOOK
+
 
 def extract(image: np.ndarray) -> Picture:
     """Features and a small grey copy of (H, W, 3) uint8 RGB, or (H, W) grey."""

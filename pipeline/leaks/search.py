@@ -331,7 +331,7 @@ def findings(
     rows: list[Row] = []
     for batch in _batches(pictures):
         queries = features.bag([picture.features if picture else features.NO_FEATURES for picture in batch])
-        large = np.array([picture is not None and picture.detail >= features.LOOK for picture in batch])
+        large = np.array([picture is not None and picture.is_large for picture in batch])
         candidates = index.shortlist(queries, np.arange(first, first + len(batch)) if itself else None, large)
         found = verified(batch, candidates, reference)
         for i, picture in enumerate(batch):

@@ -199,7 +199,7 @@ class Prober:
     @cached_property
     def large(self) -> np.ndarray:
         """(images,) bool"""
-        return np.array([picture.detail >= features.LOOK for picture in self.described])
+        return np.array([picture.is_large for picture in self.described])
 
     @cached_property
     def searched(self) -> tuple[VotingIndex, Rate, int]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.store.scores import LOGSUMEXP, names_of
+from pipeline.store.scores import LOGSUMEXP, Scores, names_of
 
 FOLDS = 5  # held-out images are scored by a classifier that has not seen them
 SAMPLE = 20_000  # images of the pool that a classifier learns from
@@ -96,6 +96,13 @@ class Purity(NamedTuple):
         mean, sd, weights = self.right
         is_right = expit((_gap(said) - mean) / sd * weights[1] + weights[0])
         return Estimate(np.interp(rank, np.linspace(0, 1, GRID), self.own), is_right, self.share)
+
+
+def held_out(scored: Scores) -> tuple[Answers, np.ndarray]:
+    """What the teacher says of the held-out images, and (n,) bool, of which of them it names the class. Raises UserError."""
+    held = scored.held()
+    said = Answers.of_table(held, scored.m)
+    return said, said.first == held["label"].to_numpy()
 
 
 def estimate(pool: Answers, holdout: Answers, is_right: np.ndarray, classes: int) -> Estimate:

@@ -128,18 +128,13 @@ def run(params: Select, *, scores: Path, pool: Path, out: Path, seed: int, workd
 def _expected(params: Select, scored: Scores, taken: Taken, per_class: list[dict[str, Any]]) -> dict[str, Any]:
     """The expected purity of the selection, and the impure classes; nothing where images are taken by other classes than their
     first, or held-out images are too few to tell."""
-    held, m = scored.held(), scored.m
-    if params.membership != "argmax" or len(held) < 2 * purity.FOLDS or m < 2 or not len(taken.images):
+    asked, is_right = purity.held_out(scored)
+    if params.membership != "argmax" or len(is_right) < 2 * purity.FOLDS or scored.m < 2 or not len(taken.images):
         return {}
     sample, looked_at = purity.sample(scored.rows), _spread(taken)
     rows = np.union1d(sample, looked_at.images)
-    said = Answers.of_table(scored.rows_of(rows), m)
-    learned = purity.learn(
-        said.take(np.searchsorted(rows, sample)),
-        Answers.of_table(held, m),
-        held["class_0"].to_numpy() == held["label"].to_numpy(),
-        len(scored.classes),
-    )
+    said = Answers.of_table(scored.rows_of(rows), scored.m)
+    learned = purity.learn(said.take(np.searchsorted(rows, sample)), asked, is_right, len(scored.classes))
     pure = learned.of(said.take(np.searchsorted(rows, looked_at.images))).pure
     counts = np.bincount(looked_at.classes, minlength=len(per_class))
     shares = np.bincount(looked_at.classes, pure, len(per_class)) / np.maximum(counts, 1)
