@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from pipeline.report.truth import labels
 from pipeline.store import artifact, manifest
 from pipeline.store.scores import LOGSUMEXP, Scores, of_pool
 
@@ -41,10 +41,8 @@ def main() -> None:
 
 def from_table(truth: Path, ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     """(N,) the class that each image holds, or NONE. Every id must be in the table."""
-    columns = pq.read_table(truth, columns=["tar", "member", "label"]).to_pydict()
-    label = {f"{tar}/{member}": label for tar, member, label in zip(*columns.values(), strict=True)}
     number = {name: i for i, name in enumerate(classes)}
-    return np.array([NONE if label[image] is None else number[label[image]] for image in ids])
+    return np.array([NONE if name is None else number[name] for name in labels(truth, ids)])
 
 
 def from_folders(ids: Sequence[str], classes: Sequence[str], same: Sequence[str] = ()) -> np.ndarray:
